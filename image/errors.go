@@ -1,0 +1,107 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"syscall"
+
+	"github.com/vmckpt/vmckpt/image/pageset"
+)
+
+var (
+	// ErrNotFound: the repository has no image (or the directory no repository) of that name.
+	ErrNotFound = errors.New("not found")
+	// ErrExists: an image of that name exists already, or the directory is a repository already.
+	ErrExists = errors.New("exists already")
+	// ErrWrongKey: the image is sound as far as can be told, but was written under another secret or encryption key.
+	ErrWrongKey = errors.New("written under another key")
+	// ErrBusy: the image is in use by a writer that copies from it. Try again when that is done.
+	ErrBusy = errors.New("in use by a writer")
+	// ErrClosed: the image or the writer was closed, sealed or aborted before.
+	ErrClosed = errors.New("closed")
+)
+
+// DamageError says that bytes in the repository are not what was written there, and where.
+type DamageError struct {
+	Image  string // name of the image
+	File   string // name of the file within the image's directory
+	Offset int64  // byte in File at which the damaged part begins; -1 where that cannot be told
+	What   string // what is wrong there
+}
+
+func (e *DamageError) Error() string {
+	if e.Offset < 0 {
+		return fmt.Sprintf("image %s is damaged: %s: %s", e.Image, e.File, e.What)
+	}
+	return fmt.Sprintf("image %s is damaged: %s at byte %d: %s", e.Image, e.File, e.Offset, e.What)
+}
+
+// SpaceError says that the repository's volume has too little room, found out beforehand or while writing.
+type SpaceError struct {
+	Need int64 // bytes wanted; 0 where the volume just ran full
+	Free int64 // bytes free to this user when it was found out; -1 if unknown
+	Err  error // what the system said, if it was the system that said it
+}
+
+func (e *SpaceError) Error() string {
+	switch {
+	case e.Need == 0 && e.Free < 0:
+		return fmt.Sprintf("the repository's volume is full: %v", e.Err)
+	case e.Need == 0:
+		return fmt.Sprintf("the repository's volume is full: %v (%d bytes free)", e.Err, e.Free)
+	}
+	return fmt.Sprintf("the repository's volume has %d bytes free, %d are needed", e.Free, e.Need)
+}
+
+func (e *SpaceError) Unwrap() error { return e.Err }
+
+// MissingPagesError says that a base image was to be sealed with pages nobody submitted or marked.
+type MissingPagesError struct {
+	Block string
+	Run   pageset.Run // the first run that is missing
+}
+
+func (e *MissingPagesError) Error() string {
+	return fmt.Sprintf("pages %v of block %s were neither submitted nor marked absent", e.Run, e.Block)
+}
+
+// ParentError says that an image cannot be the parent of the one asked for. A base can be written instead.
+type ParentError struct {
+	Parent string
+	Reason string
+	Err    error // the cause, if there is one beneath: a [DamageError], [ErrNotFound]
+}
+
+func (e *ParentError) Error() string {
+	if e.Err != nil {
+		return fmt.Sprintf("image %s cannot be a parent: %s: %v", e.Parent, e.Reason, e.Err)
+	}
+	return fmt.Sprintf("image %s cannot be a parent: %s", e.Parent, e.Reason)
+}
+
+func (e *ParentError) Unwrap() error { return e.Err }
+
+// noSpace reports whether err is the system's word for a full volume or a used-up quota.
+func noSpace(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// noLinks reports whether err means that a hard link cannot be had here, though a copy may: a file system without them,
+// a limit on links to one file reached, another file system, or a kernel that protects links to files of other owners.
+func noLinks(err error) bool {
+	for _, e := range []error{syscall.EPERM, syscall.EXDEV, syscall.EMLINK, syscall.ENOTSUP, syscall.EOPNOTSUPP, syscall.ENOSYS} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// notFound turns the system's "no such file" into ErrNotFound.
+func notFound(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return ErrNotFound
+	}
+	return err
+}

@@ -1,0 +1,4 @@
+package image
+
+// InitRepositoryWith is InitRepository with a source of randomness.
+var InitRepositoryWith = initRepository

@@ -1,0 +1,149 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"testing"
+
+	"github.com/vmckpt/vmckpt/image/pageset"
+)
+
+// increment makes an image on the base of smallImages, through every step that a writer has: pages stored, a run spilled,
+// the parent's entries kept, files linked or copied, one of them dropped.
+func increment(r *Repository, name string, parent *Image) (err error) {
+	ctx := context.Background()
+	w, err := r.Create(ctx, Spec{Name: name, Parent: parent, Blocks: parent.Manifest().Blocks, Compression: S2, Workers: 1})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.Abort()) }()
+	w.table.limit = 3
+	for n := range uint64(6) {
+		b, err := w.Batch(ctx)
+		if err != nil {
+			return err
+		}
+		b.Pages = append(b.Pages, 20+n)
+		b.Data = append(b.Data, make([]byte, pageset.PageBytes)...)
+		b.Data[n] = 1
+		w.Submit(b)
+	}
+	if err := w.Flush(ctx); err != nil {
+		return err
+	}
+	w.Absent(0, pageset.Run{First: 0, Count: 2}, AbsentEvicted)
+	i, err := w.Seal(ctx, Contents{DeviceState: []byte("state")})
+	if err != nil {
+		return err
+	}
+	return i.Close()
+}
+
+// TestFaults fails every call to the file system, one after the other, and everything after it: nothing is to be seen
+// and nothing left of the image, its parent is as it was, and the error says what the matter is.
+func TestFaults(t *testing.T) {
+	for _, fault := range []syscall.Errno{syscall.ENOSPC, syscall.EIO} {
+		for _, links := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%v,links=%v", fault, links), func(t *testing.T) {
+				ctx := context.Background()
+				r := newRepository(t, testKeys(links))
+				want := smallImages(t, r, Zstd)
+				good := r.disk
+				parent, err := r.Open(ctx, "increment")
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer parent.Close()
+
+				counting := &faultyDisk{disk: good, noLinks: !links}
+				r.disk = counting
+				if err := increment(r, "counted", parent); err != nil {
+					t.Fatal(err)
+				}
+				if counting.calls < 20 {
+					t.Fatalf("only %d calls that can fail", counting.calls)
+				}
+				files := openFiles(t)
+				for n := 1; n <= counting.calls; n++ {
+					r.disk = &faultyDisk{disk: good, noLinks: !links, fail: n, err: fault}
+					err := increment(r, "failed", parent)
+					if !errors.Is(err, fault) {
+						t.Fatalf("call %d of %d: %v", n, counting.calls, err)
+					}
+					if space := new(SpaceError); errors.As(err, &space) != (fault == syscall.ENOSPC) {
+						t.Errorf("call %d of %d: not the type of error to act on: %v", n, counting.calls, err)
+					}
+					if _, err := r.Open(ctx, "failed"); !errors.Is(err, ErrNotFound) {
+						t.Fatalf("call %d of %d: opening the image: %v", n, counting.calls, err)
+					}
+					if left, err := names(r.root, temporaryDir); err != nil || len(left) > 0 {
+						t.Fatalf("call %d of %d: left over: %v, %v", n, counting.calls, left, err)
+					}
+				}
+				if now := openFiles(t); now > files {
+					t.Errorf("%d files are still open", now-files)
+				}
+				r.disk = good
+				if err := parent.Verify(ctx, nil); err != nil {
+					t.Error(err)
+				}
+				checkLoad(t, parent, want)
+				if err := increment(r, "failed", parent); err != nil {
+					t.Errorf("the name is not free: %v", err)
+				}
+			})
+		}
+	}
+}
+
+// openFiles counts this process's open files, where the system shows them.
+func openFiles(t *testing.T) int {
+	list, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Log("open files are not counted:", err)
+	}
+	return len(list)
+}
+
+// TestSpaceBeforeAndWhileWriting: room is looked at beforehand, and again while writing.
+func TestSpaceBeforeAndWhileWriting(t *testing.T) {
+	ctx := context.Background()
+	r := newRepository(t, testKeys(false))
+	disk := &faultyDisk{disk: r.disk, free_: 1000}
+	r.disk = disk
+	blocks := []BlockInfo{{"ram", 256 << 20}}
+	space := new(SpaceError)
+	_, err := r.Create(ctx, Spec{Name: "image", Blocks: blocks, EstimateBytes: 900, ReserveBytes: 101})
+	if !errors.As(err, &space) || space.Need != 1001 || space.Free != 1000 {
+		t.Fatalf("Create: %v", err)
+	}
+	w, err := r.Create(ctx, Spec{Name: "image", Blocks: blocks, EstimateBytes: 900, ReserveBytes: 100})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Abort()
+	disk.free_ = 99 // somebody else takes it
+	for first := uint64(0); ; first += BatchPages {
+		b, err := w.Batch(ctx)
+		if err != nil {
+			if !errors.As(err, &space) || space.Need != 100 || space.Free != 99 {
+				t.Fatalf("Batch: %v", err)
+			}
+			return
+		}
+		for n := range uint64(BatchPages) {
+			b.Pages = append(b.Pages, first+n)
+		}
+		b.Data = b.Data[:BatchBytes]
+		for n := 0; n < BatchBytes; n += 4096 {
+			b.Data[n], b.Data[n+1] = byte(first), 1
+		}
+		w.Submit(b)
+		if first*pageset.PageBytes > 200<<20 {
+			t.Fatal("200 MiB written below the reserve")
+		}
+	}
+}

@@ -1,0 +1,268 @@
+package image
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+
+	"github.com/vmckpt/vmckpt/image/pageset"
+)
+
+// The fuzz targets stand on every parser that reads a repository. Most of what they feed could never get past a tag or
+// MAC; they go on as if it had, since a parser that is only safe behind a key is safe from nobody who has it.
+
+// bytesFile is a file in memory.
+type bytesFile struct{ *bytes.Reader }
+
+func (bytesFile) Close() error { return nil }
+
+func newBytesFile(s *sealer, content []byte) *sealedFile {
+	return &sealedFile{sealer: s, image: "fuzzed", name: "file", file: bytesFile{bytes.NewReader(content)}, size: int64(len(content))}
+}
+
+func fuzzKeys() *derived {
+	keys := derive(testKeys(false))
+	return &keys
+}
+
+// addGolden gives a fuzz target a file of the golden repositories.
+func addGolden(f *testing.F, pattern string) {
+	paths, err := filepath.Glob(filepath.Join("testdata", "golden", "*", "images", "*", pattern))
+	if err != nil || len(paths) == 0 {
+		f.Fatal("no golden files", err)
+	}
+	for _, path := range paths {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(content)
+	}
+}
+
+func FuzzManifest(f *testing.F) {
+	addGolden(f, manifestName)
+	keys := fuzzKeys()
+	f.Fuzz(func(t *testing.T, text []byte) {
+		// The name and the repository are the manifest's own, so that not every input ends there.
+		var m Manifest
+		if json.Unmarshal(text, &m) != nil || CheckName(m.Name) != nil {
+			return
+		}
+		mac := append([]byte(macMagic), keys.secretCheck(m.Repository)...)
+		mac = append(mac, keyedHash(&keys.mac, macBytes, text)...)
+		read, err := decodeManifest(keys, m.Repository, m.Name, text, mac)
+		if err != nil {
+			return
+		}
+		for _, d := range read.Data {
+			if d.PagesInFile > 0 && d.Hashes.Bytes <= fileHeaderBytes {
+				t.Fatalf("data file of %d pages without hashes", d.PagesInFile)
+			}
+		}
+		if read.MemoryBytes() > maxMemoryBytes {
+			t.Fatalf("%d bytes of memory", read.MemoryBytes())
+		}
+		again, mac, err := encodeManifest(keys, read)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := decodeManifest(keys, m.Repository, m.Name, again, mac); err != nil {
+			t.Fatalf("written again it is refused: %v", err)
+		}
+	})
+}
+
+func FuzzManifestMAC(f *testing.F) {
+	addGolden(f, macName)
+	keys := fuzzKeys()
+	f.Fuzz(func(t *testing.T, mac []byte) {
+		if _, err := decodeManifest(keys, ID{1}, "image", []byte("{}"), mac); err == nil {
+			t.Fatal("accepted")
+		}
+	})
+}
+
+func FuzzRepositoryFile(f *testing.F) {
+	f.Add([]byte(`{"format":"vmckpt repository","version":1,"id":"00112233445566778899aabbccddeeff"}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if n, err := decodeRepository(text); err == nil && n == (ID{}) {
+			t.Fatal("no id")
+		}
+	})
+}
+
+var (
+	fuzzBlocks = []BlockInfo{{"ram", 1 << 30}, {"none", 0}, {"vga", 16 << 20}, {"rom", pageset.PageBytes}}
+	fuzzData   = []dataBounds{{size: 1 << 40, pages: 1 << 28}, {size: 4096, pages: 20}}
+)
+
+func FuzzIndexSegment(f *testing.F) {
+	c := newSegmentCoder(len(fuzzData))
+	c.begin()
+	raw := []byte{0, 0}
+	for _, e := range []extent{
+		{count: 100, kind: Evicted}, {count: 3, kind: Uniform, word: 77}, {count: 1, kind: Unpopulated},
+		{count: 16, kind: Stored, frame: frame{pages: 16, stored: 5000, offset: 64}},
+		{count: 2, slot: 4, kind: Stored, frame: frame{pages: 7, stored: 1000, offset: 64 + 5048, ordinal: 16}},
+		{count: 1, kind: Stored, frame: frame{file: 1, pages: 1, stored: 100, offset: 500, ordinal: 19}},
+	} {
+		raw = c.encode(raw, &e)
+	}
+	f.Add(raw)
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		if len(raw) > segmentRawBytes {
+			return
+		}
+		coder := newSegmentCoder(len(fuzzData))
+		extents, err := coder.decode(raw, fuzzBlocks, fuzzData, nil)
+		for i, e := range extents {
+			switch {
+			case i > 0 && !(place{extents[i-1].block, extents[i-1].first}).before(place{e.block, e.first}):
+				t.Fatalf("%+v out of order", e)
+			case int(e.block) >= len(fuzzBlocks) || e.count == 0 || e.first >= fuzzBlocks[e.block].pages() || e.count > fuzzBlocks[e.block].pages()-e.first:
+				t.Fatalf("%+v outside its block", e)
+			case e.kind != Stored:
+			case int(e.frame.file) >= len(fuzzData) || e.frame.offset < fileHeaderBytes || e.frame.end() > fuzzData[e.frame.file].size ||
+				e.frame.ordinal+uint64(e.frame.pages) > fuzzData[e.frame.file].pages:
+				t.Fatalf("%+v outside its file", e)
+			case uint64(e.slot)+e.count > uint64(e.frame.pages) || e.frame.pages > framePages || e.frame.stored > frameRawBytes:
+				t.Fatalf("%+v outside its frame", e)
+			}
+		}
+		if err != nil || len(extents) == 0 {
+			return
+		}
+		coder.begin()
+		start := extents[0]
+		again := []byte{}
+		again = appendUvarints(again, uint64(start.block), start.first)
+		for i := range extents {
+			again = coder.encode(again, &extents[i])
+		}
+		reread, err := coder.decode(again, fuzzBlocks, fuzzData, nil)
+		if err != nil || !reflect.DeepEqual(extents, reread) {
+			t.Fatalf("written again it reads differently: %v\n%+v\n%+v", err, extents, reread)
+		}
+	})
+}
+
+func appendUvarints(dst []byte, values ...uint64) []byte {
+	for _, v := range values {
+		for ; v >= 0x80; v >>= 7 {
+			dst = append(dst, byte(v)|0x80)
+		}
+		dst = append(dst, byte(v))
+	}
+	return dst
+}
+
+// FuzzIndex seals what it is given as an index's segment and directory, and reads it through.
+func FuzzIndex(f *testing.F) {
+	keys := fuzzKeys()
+	f.Add([]byte{0, 0, 4, 8}, make([]byte, directoryEntryBytes))
+	f.Fuzz(func(t *testing.T, segment, directory []byte) {
+		s, err := newSealer(keys, indexFile, ID{1}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hasher := newTagHasher(keys)
+		content := s.fileHeader(hasher, ID{2})
+		seal := func(kind recordKind, payload []byte) int64 {
+			at := int64(len(content))
+			record := make([]byte, recordHeaderBytes)
+			recordHeader{kind: kind, raw: uint32(len(payload)), stored: uint32(len(payload))}.encode(record)
+			record = append(append(record, payload...), make([]byte, tagBytes)...)
+			s.seal(hasher, record, at)
+			content = append(content, record...)
+			return at
+		}
+		seal(segmentRecord, segment)
+		at := seal(directoryRecord, directory)
+		x, err := openIndex(newRecordReader(keys), newBytesFile(s, content), at, fuzzBlocks, fuzzData)
+		if err != nil {
+			return
+		}
+		c := x.cursor(keys)
+		c.find(0, 5)
+		c.find(3, 0)
+		all := c.all()
+		for ok := true; ok && err == nil; {
+			_, ok, err = all()
+		}
+	})
+}
+
+// FuzzRecord reads bytes that nobody sealed: every one is refused, whatever they say of their own length.
+func FuzzRecord(f *testing.F) {
+	addGolden(f, indexName)
+	keys := fuzzKeys()
+	f.Fuzz(func(t *testing.T, content []byte) {
+		s, err := newSealer(keys, indexFile, ID{1}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file, reader := newBytesFile(s, content), newRecordReader(keys)
+		if file.checkHeader(reader.hasher, ID{2}) == nil {
+			t.Fatal("a file header that nobody wrote")
+		}
+		if len(content) < fileHeaderBytes+recordHeaderBytes {
+			return
+		}
+		length := decodeRecordHeader(content[fileHeaderBytes:]).total()
+		if _, _, err := reader.read(file, segmentRecord, fileHeaderBytes, length); err == nil {
+			t.Fatal("a record that nobody sealed")
+		}
+	})
+}
+
+// FuzzFrame seals a frame with any header and payload: it is read as what the index says, or not at all.
+func FuzzFrame(f *testing.F) {
+	c, err := newCompressor(Zstd)
+	if err != nil {
+		f.Fatal(err)
+	}
+	page := append(bytes.Repeat([]byte("page "), 100), make([]byte, 2*pageset.PageBytes-500)...)
+	zstd, _ := c.append(nil, page)
+	c, _ = newCompressor(S2)
+	s2, _ := c.append(nil, page)
+	f.Add(uint8(Zstd), uint8(2), uint32(len(page)), zstd)
+	f.Add(uint8(S2), uint8(2), uint32(len(page)), s2)
+	f.Add(uint8(None), uint8(2), uint32(len(page)), page)
+	keys := fuzzKeys()
+	f.Fuzz(func(t *testing.T, how, items uint8, raw uint32, payload []byte) {
+		s, err := newSealer(keys, pagesFile, ID{1}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		reader := newRecordReader(keys)
+		defer reader.close()
+		content := s.fileHeader(reader.hasher, ID{2})
+		record := make([]byte, recordHeaderBytes)
+		recordHeader{kind: frameRecord, compression: Compression(how), items: items, raw: raw, stored: uint32(len(payload))}.encode(record)
+		record = append(append(record, payload...), make([]byte, tagBytes)...)
+		s.seal(reader.hasher, record, fileHeaderBytes)
+		file := newBytesFile(s, append(content, record...))
+
+		frames := &frameReader{reader: reader, file: func(uint32) (*sealedFile, error) { return file, nil }}
+		const guard = 0xa5
+		room := bytes.Repeat([]byte{guard}, frameRawBytes+pageset.PageBytes)
+		pages := min(max(items, 1), framePages)
+		n := int(pages) * pageset.PageBytes
+		frames.read(frame{pages: pages, stored: uint32(len(payload)), offset: fileHeaderBytes}, room[:n])
+		if !bytes.Equal(room[n:n+pageset.PageBytes], bytes.Repeat([]byte{guard}, pageset.PageBytes)) {
+			t.Fatal("wrote behind the frame")
+		}
+		if raw <= maxRawBytes/64 {
+			reader.readRaw(file, frameRecord, fileHeaderBytes, int64(len(record)), maxRawBytes)
+		}
+	})
+}
+
+func FuzzKeys(f *testing.F) {
+	f.Add([]byte("# keys\nsecret 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\n"))
+	f.Fuzz(func(t *testing.T, text []byte) { ParseKeys(text) })
+}

@@ -1,0 +1,59 @@
+//go:build linux || darwin
+
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// freeBytes returns how much this user can still write to the file system that f lies on.
+func freeBytes(f *os.File) (int64, error) {
+	var s unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &s); err != nil {
+		return 0, fmt.Errorf("free space: %w", err)
+	}
+	return int64(s.Bavail) * int64(s.Bsize), nil
+}
+
+// lockPoll is how often a lock is asked for again: flock cannot be waited for and given up.
+const lockPoll = 10 * time.Millisecond
+
+// lock takes a lock on an open file, waiting for it. It goes with the file: close it to let go.
+func lock(ctx context.Context, f *os.File, exclusive bool) error {
+	for {
+		ok, err := tryLock(f, exclusive)
+		if ok || err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for lock %s: %w", f.Name(), ctx.Err())
+		case <-time.After(lockPoll):
+		}
+	}
+}
+
+// tryLock takes the lock if it is free.
+func tryLock(f *os.File, exclusive bool) (bool, error) {
+	how := unix.LOCK_SH
+	if exclusive {
+		how = unix.LOCK_EX
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return true, nil
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return false, nil
+		case !errors.Is(err, unix.EINTR):
+			return false, fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
+	}
+}

@@ -1,0 +1,386 @@
+package image
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"time"
+)
+
+// What is in a repository's directory.
+const (
+	repositoryName = "repository.json"
+	lockName       = "lock"
+	imagesDir      = "images"
+	temporaryDir   = "tmp"
+
+	// In a writer's temporary directory: the file whose lock says that the writer lives, and what becomes the image.
+	aliveName = "alive"
+	stageName = "image"
+)
+
+// Repository is a directory of images, opened with keys. Safe for concurrent use, here and by other processes.
+type Repository struct {
+	path string // for messages
+	root *os.Root
+	disk disk
+	id   ID
+	keys derived
+}
+
+// InitRepository makes a repository of a directory, which it creates if need be. What else is in the directory stays. If
+// it is a repository already the error is [ErrExists].
+func InitRepository(dir string) error {
+	if err := initRepository(dir, rand.Reader); err != nil {
+		return fmt.Errorf("make repository %s: %w", dir, err)
+	}
+	return nil
+}
+
+func initRepository(dir string, random io.Reader) error {
+	n, err := newID(random)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	guard, err := openLock(root)
+	if err != nil {
+		return err
+	}
+	defer guard.Close()
+	// Two that do this at once must not both come to write their id.
+	if err := lock(context.Background(), guard, true); err != nil {
+		return err
+	}
+	if _, err := root.Lstat(repositoryName); err == nil {
+		return ErrExists
+	}
+	for _, name := range []string{imagesDir, temporaryDir} {
+		if err := root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	text, err := json.Marshal(repositoryInfo{Format: repositoryFormat, Version: formatVersion, ID: n})
+	if err != nil {
+		return err
+	}
+	d := rootDisk{root}
+	const unfinished = temporaryDir + "/" + repositoryName
+	if err := gone(d.remove(unfinished)); err != nil {
+		return err
+	}
+	if err := writeFile(d, unfinished, append(text, '\n')); err != nil {
+		return err
+	}
+	if err := d.rename(unfinished, repositoryName); err != nil {
+		return err
+	}
+	return d.syncDir(".")
+}
+
+// writeFile writes a whole new file and syncs it.
+func writeFile(d disk, name string, content []byte) error {
+	f, err := d.create(name)
+	if err != nil {
+		return fmt.Errorf("create %s: %w", name, err)
+	}
+	_, err = f.WriteAt(content, 0)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	return nil
+}
+
+// OpenRepository opens a repository. Keys are tried on its images only: a repository has none of its own to compare.
+func OpenRepository(dir string, keys Keys) (*Repository, error) {
+	if keys.Secret == ([32]byte{}) {
+		return nil, fmt.Errorf("open repository %s: the secret is all zeros", dir)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open repository: %w", notFoundWith(err))
+	}
+	r := &Repository{path: dir, root: root, disk: rootDisk{root}, keys: derive(keys)}
+	text, err := readSmall(root, repositoryName, 4096)
+	if err == nil {
+		r.id, err = decodeRepository(text)
+	}
+	if err != nil {
+		root.Close()
+		return nil, fmt.Errorf("open repository %s: %s: %w", dir, repositoryName, notFoundWith(err))
+	}
+	return r, nil
+}
+
+// Close lets go of the directory. Images that were opened stay usable; a writer must have ended before.
+func (r *Repository) Close() error { return r.root.Close() }
+
+// openLock opens the file that the repository is locked by. It holds nothing.
+//
+// The lock is shared while a writer's temporary directory comes into being, links to its parent's files included, and
+// exclusive while an image is taken out of sight or leftovers are told from living writers. So neither sees the other
+// half done. It is never held for longer than that takes.
+func openLock(root *os.Root) (*os.File, error) {
+	f, err := root.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open the repository's lock: %w", err)
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		f.Close()
+		return nil, fmt.Errorf("the repository's lock is no regular file")
+	}
+	return f, nil
+}
+
+func (r *Repository) lock(ctx context.Context, exclusive bool) (*os.File, error) {
+	f, err := openLock(r.root)
+	if err != nil {
+		return nil, err
+	}
+	if err := lock(ctx, f, exclusive); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func imagePath(name string) string { return imagesDir + "/" + name }
+
+// Summary is what can be said of an image without opening more than its manifest.
+type Summary struct {
+	Name     string
+	Manifest Manifest // zero where Err is set
+	Digest   Digest   // of the manifest
+	Err      error    // why the image cannot be opened: [ErrWrongKey], [*DamageError]
+}
+
+// Images lists the images of the repository by name, those that cannot be opened too.
+func (r *Repository) Images(ctx context.Context) ([]Summary, error) {
+	list, err := names(r.root, imagesDir)
+	if err != nil {
+		return nil, fmt.Errorf("list repository %s: %w", r.path, err)
+	}
+	slices.Sort(list)
+	summaries := make([]Summary, 0, len(list))
+	for _, name := range list {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if CheckName(name) != nil {
+			continue // nothing that was written here by us
+		}
+		s := Summary{Name: name}
+		dir, err := openDir(r.root, imagePath(name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // deleted meanwhile
+		}
+		if err != nil {
+			s.Err = err
+			summaries = append(summaries, s)
+			continue
+		}
+		m, digest, err := r.readManifest(dir, name)
+		dir.Close()
+		if err != nil {
+			s.Err = err
+		} else {
+			s.Manifest, s.Digest = *m, digest
+		}
+		summaries = append(summaries, s)
+	}
+	return summaries, nil
+}
+
+func (r *Repository) readManifest(dir *os.Root, name string) (*Manifest, Digest, error) {
+	read := func(file string, limit int64) ([]byte, error) {
+		content, err := readSmall(dir, file, limit)
+		var size *sizeError
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil, &DamageError{Image: name, File: file, Offset: 0, What: "is missing"}
+		case errors.As(err, &size):
+			return nil, &DamageError{Image: name, File: file, Offset: limit, What: err.Error()}
+		case err != nil:
+			return nil, fmt.Errorf("image %s: %w", name, err)
+		}
+		return content, nil
+	}
+	mac, err := read(macName, int64(macFileBytes))
+	if err != nil {
+		return nil, Digest{}, err
+	}
+	manifest, err := read(manifestName, manifestLimit)
+	if err != nil {
+		return nil, Digest{}, err
+	}
+	m, err := decodeManifest(&r.keys, r.id, name, manifest, mac)
+	if err != nil {
+		return nil, Digest{}, err
+	}
+	return m, manifestDigest(manifest), nil
+}
+
+// temporary makes a new directory beneath tmp/ and locks it as alive. The caller holds the repository's lock, so that
+// nobody sees the directory without its lock.
+func (r *Repository) temporary() (dir string, alive *os.File, err error) {
+	n, err := newID(rand.Reader)
+	if err != nil {
+		return "", nil, err
+	}
+	dir = temporaryDir + "/" + n.String()
+	if err := r.root.Mkdir(dir, 0o700); err != nil {
+		return "", nil, fmt.Errorf("make a temporary directory: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			r.root.RemoveAll(dir)
+		}
+	}()
+	alive, err = r.root.OpenFile(dir+"/"+aliveName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return "", nil, fmt.Errorf("make a temporary directory: %w", err)
+	}
+	ok, err := tryLock(alive, true)
+	if err == nil && !ok {
+		err = fmt.Errorf("temporary directory %s is locked by somebody else", dir)
+	}
+	if err != nil {
+		alive.Close()
+		return "", nil, err
+	}
+	return dir, alive, nil
+}
+
+// Delete takes an image out of the repository, a damaged one too; keys do not matter. No other image is touched: what it
+// shares with them stays theirs. The errors to act on are [ErrNotFound] and [ErrBusy].
+func (r *Repository) Delete(ctx context.Context, name string) error {
+	if err := r.delete(ctx, name); err != nil {
+		return fmt.Errorf("delete image %s: %w", name, err)
+	}
+	return nil
+}
+
+func (r *Repository) delete(ctx context.Context, name string) error {
+	if err := CheckName(name); err != nil {
+		return err
+	}
+	guard, err := r.lock(ctx, true)
+	if err != nil {
+		return err
+	}
+	defer guard.Close()
+	info, err := r.root.Lstat(imagePath(name))
+	if err != nil {
+		return notFoundWith(err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("is no image (%v)", info.Mode().Type())
+	}
+	if f, _, err := openRegular(r.root, imagePath(name)+"/"+macName); err == nil {
+		defer f.Close()
+		if free, err := tryLock(f, true); err != nil {
+			return err
+		} else if !free {
+			return ErrBusy
+		}
+	}
+	dir, alive, err := r.temporary()
+	if err != nil {
+		return err
+	}
+	defer alive.Close()
+	// Out of sight by one rename, so that nobody ever finds half an image under a name.
+	if err := r.disk.rename(imagePath(name), dir+"/"+stageName); err != nil {
+		return errors.Join(err, r.root.RemoveAll(dir))
+	}
+	if err := r.disk.syncDir(imagesDir); err != nil {
+		return err
+	}
+	guard.Close()
+	return r.root.RemoveAll(dir)
+}
+
+// Sweep removes what writers left behind that were killed, if it is at least so old, and returns what it removed. What
+// belongs to a writer that lives is never touched, however old.
+func (r *Repository) Sweep(ctx context.Context, olderThan time.Duration) ([]string, error) {
+	removed, err := r.sweep(ctx, time.Now().Add(-olderThan))
+	if err != nil {
+		return removed, fmt.Errorf("sweep repository %s: %w", r.path, err)
+	}
+	return removed, nil
+}
+
+func (r *Repository) sweep(ctx context.Context, before time.Time) (removed []string, err error) {
+	guard, err := r.lock(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	defer guard.Close()
+	list, err := names(r.root, temporaryDir)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(list)
+	type leftover struct {
+		path  string
+		alive *os.File // locked by us; nil if there is none
+	}
+	var dead []leftover
+	defer func() {
+		for _, l := range dead {
+			if l.alive != nil {
+				l.alive.Close()
+			}
+		}
+	}()
+	for _, name := range list {
+		path := temporaryDir + "/" + name
+		info, err := r.root.Lstat(path)
+		if err != nil || info.ModTime().After(before) {
+			continue
+		}
+		l := leftover{path: path}
+		if info.IsDir() {
+			// A directory without the file is one that was being made, or half removed, when its owner died: whoever
+			// lives holds the repository's lock in that moment, and we have it.
+			f, _, err := openRegular(r.root, path+"/"+aliveName)
+			if err == nil {
+				if free, err := tryLock(f, true); err != nil || !free {
+					f.Close()
+					continue
+				}
+				l.alive = f
+			}
+		}
+		dead = append(dead, l)
+	}
+	guard.Close()
+	var failed error
+	for _, l := range dead {
+		if err := ctx.Err(); err != nil {
+			return removed, err
+		}
+		if err := r.root.RemoveAll(l.path); err != nil {
+			failed = errors.Join(failed, err)
+			continue
+		}
+		removed = append(removed, l.path)
+	}
+	return removed, failed
+}
