@@ -1,0 +1,206 @@
+package inject
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// helperName is the whole command line of the helper.
+const helperName = "vmckpt-inject"
+
+// stopBound is how long one stop may last, from PTRACE_SEIZE to PTRACE_DETACH. At the end of it the kernel kills the
+// helper, and the thread runs on. A stop takes a fraction of a millisecond; two dozen changes between the thread and
+// the helper are in it, and on a machine with four runnable threads to a processor hundreds of milliseconds were seen.
+// The bound is for a stop that hangs.
+const stopBound = 2 * time.Second
+
+// request is what the helper is asked to do.
+type request struct {
+	PID       int           `json:"pid"`
+	StartTime uint64        `json:"startTime"` // by which the process is known to be the one meant
+	Wait      time.Duration `json:"waitNanoseconds"`
+	Program   Program       `json:"program"`
+
+	// For tests: the number of a step (counted from 1) at which the helper waits or kills itself, and how long it waits
+	// there.
+	PauseAt int           `json:"pauseAt,omitempty"`
+	DieAt   int           `json:"dieAt,omitempty"`
+	Pause   time.Duration `json:"pause,omitempty"`
+}
+
+// response is its answer.
+type response struct {
+	Report  Report   `json:"report"`
+	Steps   []string `json:"steps"` // passed; see steps
+	Failure *failure `json:"failure,omitempty"`
+}
+
+// Main does the helper's work and ends the process, if this process was started as the helper; otherwise it returns at
+// once. main and TestMain call it before anything else.
+func Main() {
+	if len(os.Args) != 1 || os.Args[0] != helperName {
+		return
+	}
+	if err := serve(os.Stdin, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func serve(in io.Reader, out io.Writer) error {
+	var req request
+	if err := json.NewDecoder(in).Decode(&req); err != nil {
+		return fmt.Errorf("read the request: %w", err)
+	}
+	// ptrace obeys the thread that attached; the thread is never given back, since the process ends after this.
+	runtime.LockOSThread()
+	if err := settle(); err != nil {
+		return err
+	}
+	steps := &steps{pauseAt: req.PauseAt, dieAt: req.DieAt, pause: req.Pause}
+	var answer response
+	report, err := execute(req, steps)
+	if err != nil {
+		answer.Failure = newFailure(err)
+	}
+	answer.Report, answer.Steps = report, steps.passed
+	return json.NewEncoder(out).Encode(answer)
+}
+
+// settle makes the thread fit to hold another one stopped: no signal disturbs it and no page of it has to be read back
+// while it does.
+func settle() error {
+	signal.Ignore(unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGTSTP) // sent to the process, other threads would take them
+	all := unix.Sigset_t{}
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[0]
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &all, nil); err != nil {
+		return fmt.Errorf("block signals: %w", err)
+	}
+	// While it waits for a processor, so does the other thread. Without the privilege it goes on without.
+	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, -20)
+	// Not more than a precaution, and RLIMIT_MEMLOCK may forbid it: PTRACE_SETREGS reads its registers from our memory,
+	// and a page missing there would be the one place where it could be cut short.
+	_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+	return nil
+}
+
+// execute waits for the thread to be where it can be taken, takes it and runs the program.
+func execute(req request, steps *steps) (Report, error) {
+	if err := preflight(req.PID); err != nil {
+		return Report{}, err
+	}
+	bound, err := newKillTimer()
+	if err != nil {
+		return Report{}, err
+	}
+	deadline := time.Now().Add(req.Wait)
+	for attempts := 1; ; attempts++ {
+		if err := awaitPark(req.PID, deadline); err != nil {
+			return Report{}, err
+		}
+		if err := bound.set(stopBound); err != nil {
+			return Report{}, err
+		}
+		report, err := stopAndRun(req, steps)
+		report.Attempts = attempts
+		if err := bound.set(0); err != nil {
+			return Report{}, err
+		}
+		if err != errMissed || time.Now().After(deadline) {
+			return report, err
+		}
+	}
+}
+
+// awaitPark watches the main thread until it sleeps in ppoll. A thread that is never seen asleep is taken as well: it
+// is about to enter its ppoll all the time, and stopAndRun follows it there. One that sleeps in another call is left
+// alone.
+func awaitPark(pid int, deadline time.Time) error {
+	const (
+		pause       = 200 * time.Microsecond
+		busyEnough  = 20 // sightings in a row: awake for some milliseconds
+		firstChance = 1  // a look is taken even when the deadline has passed
+	)
+	awake := 0
+	for looks := 0; ; looks++ {
+		where, err := readSyscall(pid)
+		if err != nil {
+			return err
+		}
+		switch where {
+		case parked:
+			return nil
+		case running:
+			if awake++; awake >= busyEnough {
+				return nil
+			}
+		case elsewhere:
+			awake = 0
+		}
+		if looks >= firstChance && time.Now().After(deadline) {
+			return ErrBusy
+		}
+		time.Sleep(pause)
+	}
+}
+
+// killTimer is a kernel timer that kills this process: it works when our own threads do not get to run, and when our parent
+// is gone.
+type killTimer struct{ id int32 }
+
+// sigevent is struct sigevent, include/uapi/asm-generic/siginfo.h (SIGEV_MAX_SIZE bytes).
+type sigevent struct {
+	value  uint64
+	signo  int32
+	notify int32 // 0 is SIGEV_SIGNAL
+	_      [48]byte
+}
+
+func newKillTimer() (killTimer, error) {
+	event := sigevent{signo: int32(unix.SIGKILL)}
+	var t killTimer
+	if _, _, errno := unix.Syscall(unix.SYS_TIMER_CREATE, unix.CLOCK_MONOTONIC,
+		uintptr(unsafe.Pointer(&event)), uintptr(unsafe.Pointer(&t.id))); errno != 0 {
+		return t, fmt.Errorf("create a timer: %w", errno)
+	}
+	return t, nil
+}
+
+// set lets the process be killed in d from now; 0 takes that back.
+func (t killTimer) set(d time.Duration) error {
+	spec := struct{ interval, value unix.Timespec }{value: unix.NsecToTimespec(int64(d))}
+	if _, _, errno := unix.Syscall6(unix.SYS_TIMER_SETTIME, uintptr(t.id), 0,
+		uintptr(unsafe.Pointer(&spec)), 0, 0, 0); errno != 0 {
+		return fmt.Errorf("set a timer: %w", errno)
+	}
+	return nil
+}
+
+// steps records each instruction boundary that the work passes, and is where a test has the helper wait or die.
+type steps struct {
+	passed         []string
+	pauseAt, dieAt int
+	pause          time.Duration
+}
+
+func (s *steps) pass(name string) {
+	s.passed = append(s.passed, name)
+	switch len(s.passed) {
+	case s.pauseAt:
+		time.Sleep(s.pause)
+	case s.dieAt:
+		time.Sleep(s.pause)
+		_ = unix.Kill(unix.Getpid(), unix.SIGKILL)
+	}
+}
