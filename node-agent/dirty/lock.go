@@ -1,0 +1,71 @@
+package dirty
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// BusyError says that another process has the session of a QEMU process: one capture a VM at a time.
+type BusyError struct {
+	Process Process
+	Holder  int // pid of who has it; 0 where that is not known
+}
+
+func (e *BusyError) Error() string {
+	if e.Holder == 0 {
+		return fmt.Sprintf("capture session of %v is in use by another process", e.Process)
+	}
+	return fmt.Sprintf("capture session of %v is in use by process %d", e.Process, e.Holder)
+}
+
+// Is makes every BusyError an [ErrBusy].
+func (e *BusyError) Is(target error) bool { return target == ErrBusy }
+
+// ErrBusy is what every [BusyError] is.
+var ErrBusy = errors.New("capture session is in use")
+
+// lockSession takes the lock of a process's session: a lock on a file, which the kernel lets go when its holder dies,
+// however. The file stays when the lock is let go; [Sweep] takes it away once the process is gone.
+func lockSession(dir *os.Root, p Process) (*os.File, error) {
+	f, err := dir.OpenFile(lockName(p), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock capture session of %v: %w", p, err)
+	}
+	switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		busy := &BusyError{Process: p, Holder: readHolder(f)}
+		f.Close()
+		return nil, busy
+	case err != nil:
+		f.Close()
+		return nil, fmt.Errorf("lock capture session of %v: %w", p, err)
+	}
+	// For people only: the lock is the kernel's, the pid in the file may be older than it.
+	err = f.Truncate(0)
+	if err == nil {
+		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock capture session of %v: %w", p, err)
+	}
+	return f, nil
+}
+
+func readHolder(f *os.File) int {
+	text, err := io.ReadAll(io.LimitReader(f, 32))
+	if err != nil {
+		return 0
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil || pid < 0 {
+		return 0
+	}
+	return pid
+}

@@ -1,0 +1,101 @@
+package dirty
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmckpt/vmckpt/node-agent/durable"
+	"github.com/vmckpt/vmckpt/node-agent/inject"
+)
+
+// Record is what the node keeps of a capture session between captures, one file for each QEMU process. It is the only
+// link between the tracking in the process and an image: while Valid is set, every page that may differ from Image
+// shows as written in the process.
+type Record struct {
+	Version      int       `json:"version"`
+	Process      Process   `json:"process"`
+	BootID       string    `json:"bootID"`       // /proc/sys/kernel/random/boot_id
+	LayoutDigest string    `json:"layoutDigest"` // [LayoutDigest]
+	Valid        bool      `json:"valid"`
+	Reason       string    `json:"reason,omitempty"` // why it is not valid
+	Image        Image     `json:"image,omitzero"`
+	Updated      time.Time `json:"updated"`
+
+	Userfaultfd inject.RemoteFile `json:"userfaultfd,omitzero"`
+	Tracked     []string          `json:"tracked,omitempty"` // names of the blocks that are registered with it
+	Leash       *Leash            `json:"leash,omitempty"`
+}
+
+// Image names the image that tracking counts from.
+type Image struct {
+	Name   string `json:"name"`
+	Digest string `json:"digest"` // of its manifest, lower-case hexadecimal
+}
+
+// Leash is what a capture learned of the process for the next one's leash. Nothing here depends on it.
+type Leash struct {
+	Pipe        inject.RemoteFile `json:"pipe"`
+	StreamBytes int64             `json:"streamBytes"` // length of the device state
+	Sections    json.RawMessage   `json:"sections,omitempty"`
+}
+
+const (
+	recordVersion = 1
+	// recordMaxBytes bounds what is read of a record: one is some 2 KiB, with the sections of a large machine 32.
+	recordMaxBytes = 1 << 20
+)
+
+// recordName is the record's file name for a process.
+func recordName(p Process) string { return fmt.Sprintf("%d-%d.json", p.PID, p.StartTime) }
+
+func lockName(p Process) string { return fmt.Sprintf("%d-%d.lock", p.PID, p.StartTime) }
+
+// readRecord reads the record of a process. Fields that it does not know are passed over, as a newer agent may have
+// written them; everything else that is not as it should be is an error, and fs.ErrNotExist means that there is none.
+func readRecord(dir *os.Root, p Process) (*Record, error) {
+	f, err := dir.OpenFile(recordName(p), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, fmt.Errorf("session record: %w", err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, recordMaxBytes+1))
+	if err != nil {
+		return nil, fmt.Errorf("session record: %w", err)
+	}
+	if len(text) > recordMaxBytes {
+		return nil, fmt.Errorf("session record is larger than %d bytes", recordMaxBytes)
+	}
+	r := &Record{}
+	if err := json.Unmarshal(text, r); err != nil {
+		return nil, fmt.Errorf("session record: %w", err)
+	}
+	switch {
+	case r.Version != recordVersion:
+		return nil, fmt.Errorf("session record has version %d", r.Version)
+	case r.Process != p:
+		return nil, fmt.Errorf("session record is of %v", r.Process)
+	}
+	return r, nil
+}
+
+// writeRecord puts the record in place whole or not at all, and returns when it is on the disk: what a caller does after
+// writing it invalid must not be seen beside a valid one.
+func writeRecord(dir *os.Root, r *Record) error {
+	if err := durable.WriteJSON(dir, recordName(r.Process), r); err != nil {
+		return fmt.Errorf("write session record: %w", err)
+	}
+	return nil
+}
+
+// removeRecord takes the record away.
+func removeRecord(dir *os.Root, p Process) error {
+	if err := durable.Remove(dir, recordName(p)); err != nil {
+		return fmt.Errorf("remove session record: %w", err)
+	}
+	return nil
+}

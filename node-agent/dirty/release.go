@@ -1,0 +1,147 @@
+package dirty
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmckpt/vmckpt/node-agent/inject"
+	"github.com/vmckpt/vmckpt/node-agent/pagetable"
+)
+
+// releaseStepBytes is how much is taken out of tracking in one system call. The kernel holds the process's address
+// space for writing meanwhile, which stops every page fault in it: 3 ms for 64 MiB of small pages.
+const releaseStepBytes = 64 << 20
+
+// Release takes all tracking out of a process: ranges unregistered, our userfaultfds and the leash's pipe closed in
+// it, the record removed. The session must not be open, here or elsewhere ([ErrBusy]). A process that is gone is
+// released.
+func Release(ctx context.Context, p Process, recordDir string) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("release %v: %w", p, err)
+		}
+	}()
+	dir, lock, err := openRecordDir(recordDir, p)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	defer lock.Close()
+	// First, so that whatever fails below leaves no record behind that could be believed.
+	old, readErr := readRecord(dir, p)
+	if err := removeRecord(dir, p); err != nil {
+		return err
+	}
+	if err := alive(p); err != nil {
+		if errors.Is(err, ErrGone) {
+			return nil
+		}
+		return err
+	}
+	present, err := trackers(p.PID)
+	if err != nil {
+		return err
+	}
+	var failed []error
+	for _, file := range present {
+		failed = append(failed, takeOut(ctx, p.PID, file))
+	}
+	if readErr == nil && old.Leash != nil && old.Leash.Pipe.Link != "" {
+		failed = append(failed, closeRemote(ctx, p.PID, old.Leash.Pipe))
+	}
+	return errors.Join(failed...)
+}
+
+// Release ends the session and takes tracking out of the process.
+func (s *Session) Release(ctx context.Context) error {
+	p, recordDir := s.process, s.dir.Name()
+	return errors.Join(s.Close(), Release(ctx, p, recordDir))
+}
+
+// takeOut unregisters all that a userfaultfd in the process has, in steps, and closes it there.
+func takeOut(ctx context.Context, pid int, file inject.RemoteFile) error {
+	local, err := file.Duplicate(pid)
+	if err != nil {
+		return err
+	}
+	// Closed after the process's own: the last one to close lifts what protection is left, and that must not be
+	// QEMU's main thread.
+	defer local.Close()
+	mappings, err := pagetable.Mappings(pid)
+	if err != nil {
+		return err
+	}
+	uffd := pagetable.Userfaultfd{File: local}
+	for _, m := range mappings {
+		if !m.Flags.WriteProtectRegistered() {
+			continue
+		}
+		step := max(releaseStepBytes, m.KernelPageBytes)
+		for at := m.Start; at < m.End; at += step {
+			err := uffd.Unregister(at, min(step, m.End-at))
+			if errors.Is(err, unix.EINVAL) {
+				break // registered with another one
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return closeRemote(ctx, pid, file)
+}
+
+// closeRemote closes a file in the process; one that is closed already is no error.
+func closeRemote(ctx context.Context, pid int, file inject.RemoteFile) error {
+	err := inject.CloseFD(ctx, pid, file)
+	if errors.Is(err, inject.ErrIdentity) || errors.Is(err, inject.ErrGone) {
+		return nil
+	}
+	return err
+}
+
+// Sweep removes the records and locks of processes that are gone, and returns how many processes that were.
+func Sweep(recordDir string) (int, error) {
+	entries, err := os.ReadDir(recordDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("sweep session records: %w", err)
+	}
+	dir, err := os.OpenRoot(recordDir)
+	if err != nil {
+		return 0, fmt.Errorf("sweep session records: %w", err)
+	}
+	defer dir.Close()
+	gone := map[Process]bool{}
+	for _, e := range entries {
+		p, ok := parseRecordName(e.Name())
+		if !ok || !errors.Is(alive(p), ErrGone) {
+			continue
+		}
+		if err := dir.Remove(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return len(gone), fmt.Errorf("sweep session records: %w", err)
+		}
+		gone[p] = true
+	}
+	return len(gone), nil
+}
+
+// parseRecordName is the inverse of recordName and lockName, and takes a temporary record as well.
+func parseRecordName(name string) (Process, bool) {
+	stem, extension, _ := strings.Cut(name, ".")
+	if extension != "json" && extension != "json.new" && extension != "lock" {
+		return Process{}, false
+	}
+	first, second, _ := strings.Cut(stem, "-")
+	pid, err1 := strconv.Atoi(first)
+	start, err2 := strconv.ParseUint(second, 10, 64)
+	return Process{PID: pid, StartTime: start}, err1 == nil && err2 == nil && pid > 0
+}

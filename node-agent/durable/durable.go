@@ -1,0 +1,52 @@
+// Package durable writes the small files in which the node remembers things: a file is in place whole or not at all, and when a call
+// returns, what it did is on the disk and survives a crash of the machine.
+//
+// In goes a directory, a name in it and a value that JSON can carry. Whoever writes a name has it to himself, by a lock of his own.
+package durable
+
+import (
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// WriteJSON puts a value in place of whatever the file held, readable by its owner alone.
+func WriteJSON(dir *os.Root, name string, value any) error {
+	text, err := json.MarshalIndent(value, "", "\t")
+	if err != nil {
+		return err
+	}
+	// A fixed name: nobody else writes it, and after a crash nothing is left behind but this one.
+	temporary := name + ".new"
+	f, err := dir.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(text, '\n'))
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := dir.Rename(temporary, name); err != nil {
+		return err
+	}
+	return sync(dir)
+}
+
+// Remove takes the file away, if it is there.
+func Remove(dir *os.Root, name string) error {
+	if err := dir.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return sync(dir)
+}
+
+func sync(dir *os.Root) error {
+	d, err := dir.Open(".")
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
