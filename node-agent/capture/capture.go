@@ -1,0 +1,341 @@
+package capture
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/guard"
+	"github.com/vmckpt/vmckpt/node-agent/inject"
+	"github.com/vmckpt/vmckpt/node-agent/pagetable"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
+	"github.com/vmckpt/vmckpt/node-agent/qemu/devstate"
+)
+
+// Attributes that every image of a machine carries.
+const (
+	AttributeGuest = "vm.name"
+	AttributeUUID  = "vm.uuid"
+)
+
+// capture is one checkpoint under way.
+type capture struct {
+	target Target
+	repo   *image.Repository
+	o      Options
+	result Result
+	report *reporter
+
+	running bool // the machine ran when the checkpoint began, and is to run afterwards
+	layout  qemu.Layout
+	blocks  []dirty.Block
+	machine json.RawMessage
+
+	session *dirty.Session
+	memory  *pagetable.Memory
+	pagemap *pagetable.Pagemap
+	writer  *image.Writer
+	pool    []*image.Batch // taken for the residue before the machine is stopped
+
+	// parentAbsent are the pages that the parent image has no content for: populated now, they are dirty whatever tracking
+	// says. Nil where everything is looked at anyway.
+	parentAbsent dirty.Sets
+
+	// copied are the pages that were copied since they were last harvested, with a standstill between the two.
+	copied dirty.Sets
+
+	// What the leash needs to know: the pipe inside QEMU, and what the device state looked like the last time.
+	pipe        inject.RemoteFile
+	streamBytes uint64
+	sections    []devstate.Section
+}
+
+// Run takes a checkpoint of the target and seals it as an image in the repository. Whatever the error, the machine goes on as before,
+// and there is no image of that name; but for an error after sealing, which names it.
+func Run(ctx context.Context, target Target, repo *image.Repository, o Options) (_ *Result, err error) {
+	defer func() {
+		if err != nil && !target.Process.Alive() && !errors.Is(err, dirty.ErrGone) {
+			err = fmt.Errorf("%w: %w", dirty.ErrGone, err) // what went wrong did so because of that
+		}
+		if err != nil {
+			err = fmt.Errorf("capture %v: %w", target.Process, err)
+		}
+	}()
+	c := &capture{target: target, repo: repo, o: o.withDefaults()}
+	c.result = Result{Image: o.Name, Began: time.Now()}
+	if err := image.CheckName(o.Name); err != nil {
+		return nil, err
+	}
+	c.report = newReporter(c.o.Progress)
+	defer c.report.stop()
+	c.o.step(StepBegun)
+	if err := c.prepare(ctx); err != nil {
+		c.close()
+		return nil, err
+	}
+	defer c.close()
+	instant, stream, err := c.take(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.seal(ctx, instant, stream); err != nil {
+		return nil, err
+	}
+	return &c.result, nil
+}
+
+// prepare refuses what cannot be captured, and opens all that the checkpoint works with. The guest notices nothing of it, but for one
+// stop of QEMU's main thread (0.1–0.3 ms) the first time.
+func (c *capture) prepare(ctx context.Context) error {
+	c.report.phase("preparing", 0)
+	p, m := c.target.Process, c.target.Monitor
+	if err := c.checkState(ctx); err != nil {
+		return err
+	}
+	var err error
+	if c.layout, err = qemu.ReadLayout(ctx, m, p); err != nil {
+		return err
+	}
+	if err := qemu.Capturable(ctx, m, p, c.layout); err != nil {
+		return err
+	}
+	machine, err := qemu.Describe(ctx, m, p)
+	if err != nil {
+		return err
+	}
+	if c.machine, err = json.Marshal(machine); err != nil {
+		return fmt.Errorf("encode the machine's description: %w", err)
+	}
+	if c.blocks, err = dirty.Blocks(ctx, m, c.layout); err != nil {
+		return err
+	}
+	if c.memory, err = pagetable.OpenMemory(p.PID); err != nil {
+		return err
+	}
+	if c.pagemap, err = pagetable.OpenPagemap(p.PID); err != nil {
+		return err
+	}
+	c.session, err = dirty.Open(ctx, dirty.Process{PID: p.PID, StartTime: p.StartTime}, c.blocks, c.o.RecordDir, dirty.Options{})
+	if err != nil {
+		return err
+	}
+	if admit := c.o.Admit; admit != nil {
+		if err := admit(); err != nil {
+			return err
+		}
+	}
+	c.copied = dirty.NewSets(c.blocks)
+	if err := c.createImage(ctx); err != nil {
+		return err
+	}
+	c.report.attach(c.writer.Progress)
+	return c.prepareLeash(ctx)
+}
+
+// checkState refuses a machine that does not run, was not paused by its owner, or is being migrated.
+func (c *capture) checkState(ctx context.Context) error {
+	state, err := qemu.Status(ctx, c.target.Monitor)
+	if err != nil {
+		return err
+	}
+	if state != qemu.StateRunning && state != qemu.StatePaused {
+		return &StateError{state}
+	}
+	c.running = state == qemu.StateRunning
+	return c.checkMigration(ctx)
+}
+
+func (c *capture) checkMigration(ctx context.Context) error {
+	migration, err := qemu.Migration(ctx, c.target.Monitor)
+	if err != nil {
+		return err
+	}
+	if !migration.Status.Idle() {
+		return fmt.Errorf("%w: its status is %q", ErrMigrating, string(migration.Status))
+	}
+	return nil
+}
+
+// prepareLeash makes the pipe inside QEMU, or finds the one of the last checkpoint.
+func (c *capture) prepareLeash(ctx context.Context) (err error) {
+	pid := c.target.Process.PID
+	if old := c.session.Leash(); old != nil {
+		// After a checkpoint that came to its end nothing can be left in that pipe, nor be on its way into it. After any other, a
+		// command of then may still wait in libvirt: it must not find a reader.
+		if _, err := c.session.Image(); err == nil && old.Pipe.Check(pid) == nil {
+			c.pipe = old.Pipe
+			if len(old.Sections) == 0 {
+				return nil // the record is a restore's, which knows nothing of it: a barrier will tell
+			}
+			c.streamBytes = uint64(old.StreamBytes)
+			return json.Unmarshal(old.Sections, &c.sections)
+		}
+		// The new one first: it must not get the number of the old, which that command has.
+		defer func() {
+			if closed := inject.CloseFD(ctx, pid, old.Pipe); err == nil && closed != nil && !errors.Is(closed, inject.ErrIdentity) {
+				err = fmt.Errorf("close the pipe of a checkpoint that did not end: %w", closed)
+			}
+		}()
+	}
+	if c.pipe, err = inject.NewPipe(ctx, pid); err != nil {
+		return fmt.Errorf("make the leash's pipe: %w", err)
+	}
+	// In the record at once: whoever comes after a crash closes it.
+	return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe})
+}
+
+// take brings the machine to its instant and returns that and its device state.
+func (c *capture) take(ctx context.Context) (*dirty.Instant, []byte, error) {
+	estimate, err := c.session.Estimate(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	c.result.Harvest.Estimated = estimate
+	// On the disk before anything is re-armed, and before the machine is held.
+	if err := c.session.Invalidate(ctx); err != nil {
+		return nil, nil, err
+	}
+	c.o.step(StepInvalidated)
+	if estimate > c.o.budgetPages() || c.streamBytes == 0 {
+		if err := c.rounds(ctx); err != nil {
+			return nil, nil, err
+		}
+	}
+	var last error
+	for attempt := 1; attempt <= c.o.Attempts; attempt++ {
+		c.result.Attempts = attempt
+		instant, stream, err := c.instant(ctx)
+		if err == nil {
+			return instant, stream, nil
+		}
+		if ctx.Err() != nil {
+			return nil, nil, context.Cause(ctx)
+		}
+		if !passing(err) {
+			return nil, nil, err
+		}
+		last = err
+		if err := c.again(ctx, last); err != nil {
+			return nil, nil, err
+		}
+	}
+	return nil, nil, &AttemptsError{c.o.Attempts, last}
+}
+
+// again prepares for another attempt after one that failed.
+func (c *capture) again(ctx context.Context, failed error) error {
+	// What made it fail may have been the beginning of something that refuses the machine altogether.
+	if err := c.checkState(ctx); err != nil {
+		return err
+	}
+	if err := c.sameMemory(ctx); err != nil {
+		return err
+	}
+	left, err := c.dirtyNow(ctx)
+	if err != nil {
+		return err
+	}
+	switch {
+	case left > c.o.budgetPages():
+		return c.rounds(ctx) // what the attempt has copied does not count; it is not to be copied in the next hold
+	case errors.Is(failed, guard.ErrNotHeld):
+		return c.barrier(ctx) // the device state is shorter than it was known to be
+	}
+	return nil
+}
+
+// passing says whether an attempt may hold the next time.
+func passing(err error) bool {
+	var refused *qemu.QMPError
+	return errors.Is(err, guard.ErrLetGo) || errors.Is(err, guard.ErrNotHeld) || errors.Is(err, errDisturbed) ||
+		errors.Is(err, dirty.ErrBroken) || errors.Is(err, errEnded) || errors.Is(err, errChanged) || errors.As(err, &refused)
+}
+
+// sameMemory makes sure that the machine's RAM blocks are those that the checkpoint began with.
+func (c *capture) sameMemory(ctx context.Context) error {
+	now, err := qemu.ReadLayout(ctx, c.target.Monitor, c.target.Process)
+	if err != nil {
+		return err
+	}
+	if !now.Equal(c.layout) {
+		return fmt.Errorf("%w: its RAM blocks are others than at the beginning", errChanged)
+	}
+	return nil
+}
+
+// seal ends the image, and then the session record that names it.
+func (c *capture) seal(ctx context.Context, instant *dirty.Instant, stream []byte) error {
+	c.o.step(StepSealing)
+	c.report.phase("sealing", 0)
+	c.emptyPool() // sealing needs batches of its own
+	begin := time.Now()
+	if err := c.writer.Flush(ctx); err != nil {
+		return err
+	}
+	c.result.phase("write", begin)
+	c.result.Duration = time.Since(c.result.Began) // but for the sealing itself: the report is part of what is sealed
+	report, err := json.Marshal(c.result)
+	if err != nil {
+		return fmt.Errorf("encode the report: %w", err)
+	}
+	attributes := map[string]string{AttributeGuest: c.target.Process.Guest, AttributeUUID: c.target.Process.UUID}
+	for k, v := range c.o.Attributes {
+		attributes[k] = v
+	}
+	begin = time.Now()
+	img, err := c.writer.Seal(ctx, image.Contents{DeviceState: stream, Machine: c.machine, Attributes: attributes, Report: report})
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	c.o.step(StepSealed)
+	manifest := img.Manifest()
+	c.result.Digest, c.result.Pages = img.Digest(), manifest.Pages
+	if err := c.rememberLeash(); err != nil {
+		return fmt.Errorf("image %s is sealed, but the next one cannot be made by tracking: %w", c.o.Name, err)
+	}
+	// Where pages are known to this worker alone the record stays invalid: the next checkpoint will compare.
+	err = c.session.Sealed(instant, dirty.Image{Name: c.o.Name, Digest: img.Digest().String()})
+	var unknown *dirty.UnknownError
+	if err != nil && !errors.As(err, &unknown) {
+		return fmt.Errorf("image %s is sealed, but the next one cannot be made by tracking: %w", c.o.Name, err)
+	}
+	c.result.phase("seal", begin)
+	c.result.Duration = time.Since(c.result.Began)
+	c.o.step(StepRecorded)
+	return nil
+}
+
+// rememberLeash keeps in the record what the next checkpoint needs to hold the machine without a pause to find it out.
+func (c *capture) rememberLeash() error {
+	sections, err := json.Marshal(c.sections)
+	if err != nil {
+		return fmt.Errorf("encode the device sections: %w", err)
+	}
+	return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe, StreamBytes: int64(c.streamBytes), Sections: sections})
+}
+
+// close frees everything. An image that was not sealed is gone then.
+func (c *capture) close() {
+	if c.writer != nil {
+		c.emptyPool()
+		c.writer.Abort() //nolint:errcheck // what it leaves is swept
+	}
+	if c.session != nil {
+		c.session.Close() //nolint:errcheck // the record was written where it counts
+	}
+	if c.memory != nil {
+		c.memory.Close()
+	}
+	if c.pagemap != nil {
+		c.pagemap.Close()
+	}
+}
+
+func (r *Result) phase(name string, begin time.Time) {
+	r.Phases = append(r.Phases, Phase{name, time.Since(begin)})
+}

@@ -1,0 +1,182 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/image/pageset"
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
+)
+
+// createImage chooses what the image is made on, and begins it. A parent that turns out to be damaged means a base, said so, unless an
+// increment was asked for.
+func (c *capture) createImage(ctx context.Context) error {
+	if c.o.Mode == Full {
+		return c.create(ctx, nil)
+	}
+	parent, err := c.chooseParent(ctx)
+	if err == nil {
+		err = c.create(ctx, parent)
+		parent.Close()
+		if err == nil {
+			return nil
+		}
+	}
+	if !unfit(err) || c.o.Mode == Incremental || c.o.Parent != "" && errors.Is(err, image.ErrNotFound) {
+		return err
+	}
+	if c.result.Why == "" {
+		c.result.Why = err.Error()
+	}
+	c.result.Why = "a base: " + c.result.Why
+	return c.create(ctx, nil)
+}
+
+// unfit says whether an error means that there is no parent to build on, rather than that nothing can be written at all.
+func unfit(err error) bool {
+	var parent *image.ParentError
+	var damage *image.DamageError
+	return errors.As(err, &parent) || errors.As(err, &damage) || errors.Is(err, ErrNoParent) ||
+		errors.Is(err, image.ErrNotFound)
+}
+
+// chooseParent opens the image that an increment is to be made on: the one asked for, the one that tracking counts from, or the newest
+// of this machine.
+func (c *capture) chooseParent(ctx context.Context) (*image.Image, error) {
+	if c.o.Parent != "" {
+		return c.openParent(ctx, c.o.Parent)
+	}
+	if tracked, err := c.session.Image(); err == nil {
+		img, err := c.openParent(ctx, tracked.Name)
+		switch {
+		case err == nil && img.Digest().String() == tracked.Digest:
+			return img, nil
+		case err == nil:
+			img.Close() // another repository's image of that name
+		case !unfit(err):
+			return nil, err
+		default:
+			c.result.Why = fmt.Sprintf("image %s, which tracking counts from, cannot be used: %v", tracked.Name, err)
+		}
+	}
+	images, err := c.repo.Images(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var newest *image.Summary
+	for i, s := range images {
+		switch {
+		case s.Err != nil || s.Manifest.Attributes[AttributeUUID] != c.target.Process.UUID || s.Manifest.Attributes[AttributeGuest] != c.target.Process.Guest:
+		case newest == nil || s.Manifest.Created.After(newest.Manifest.Created):
+			newest = &images[i]
+		}
+	}
+	if newest == nil {
+		return nil, ErrNoParent
+	}
+	return c.openParent(ctx, newest.Name)
+}
+
+func (c *capture) openParent(ctx context.Context, name string) (*image.Image, error) {
+	img, err := c.repo.Open(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("parent %s: %w", name, err)
+	}
+	if c.o.VerifyParent {
+		if err := img.Verify(ctx, nil); err != nil {
+			img.Close()
+			return nil, fmt.Errorf("parent %s: %w", name, err)
+		}
+	}
+	return img, nil
+}
+
+// create begins the image, and makes the session count from its parent.
+func (c *capture) create(ctx context.Context, parent *image.Image) error {
+	spec := image.Spec{
+		Name: c.o.Name, Parent: parent, Compression: c.o.Compression,
+		EstimateBytes: c.estimateBytes(ctx), ReserveBytes: reserveBytes, RewriteBytes: rewriteBytes,
+	}
+	for _, b := range c.layout {
+		spec.Blocks = append(spec.Blocks, image.BlockInfo{Name: b.Name, Bytes: b.Bytes})
+	}
+	writer, err := c.repo.Create(ctx, spec)
+	if err != nil {
+		return err
+	}
+	if parent == nil {
+		c.writer = writer
+		c.result.Parent, c.result.Source = "", ""
+		c.session.SinceNothing()
+		return nil
+	}
+	manifest := parent.Manifest()
+	source, why := "page tables", ""
+	if err := c.session.Since(dirty.Image{Name: manifest.Name, Digest: parent.Digest().String()}); err != nil {
+		// Everything is looked at, and the writer keeps what the parent has not.
+		source, why = "content hash", err.Error()
+	} else if c.parentAbsent, err = c.absentIn(parent); err != nil {
+		return errors.Join(err, writer.Abort())
+	}
+	for _, untracked := range c.session.Untracked() {
+		if untracked != nil {
+			source, why = "content hash", untracked.Error()+"; it is copied in the pause"
+		}
+	}
+	c.writer = writer
+	c.result.Parent, c.result.Source = manifest.Name, source
+	if c.result.Why == "" {
+		c.result.Why = why
+	}
+	return nil
+}
+
+const (
+	// reserveBytes of the volume are left free, so that a repository that ran full can still be tidied.
+	reserveBytes = 16 << 20
+
+	// rewriteBytes of pages in old, little used files are stored again with each increment, so that the files go in time.
+	rewriteBytes = 64 << 20
+
+	// storedShare is what of the memory that is looked at is reckoned to reach the volume: less than most machines' need, so that nobody is
+	// refused for want of space that would have sufficed. Writing watches the space as well.
+	storedShare = 8
+)
+
+// estimateBytes reckons what the image will take: a share of what is populated where everything is looked at, of what is dirty else.
+func (c *capture) estimateBytes(ctx context.Context) int64 {
+	pages, err := c.session.Estimate(ctx)
+	if err != nil {
+		return 0 // whatever it is, it will show again where it counts
+	}
+	if pages <= c.o.budgetPages() {
+		return int64(pages * pageset.PageBytes / storedShare) // so little that another walk of the page tables is not worth it
+	}
+	var populated uint64
+	for i, memory := range c.session.Memory() {
+		holes, err := memory.Unpopulated(ctx, c.pagemap)
+		if err != nil {
+			return 0
+		}
+		populated += c.blocks[i].Pages() - holes.Count()
+	}
+	return int64(min(pages, populated) * pageset.PageBytes / storedShare)
+}
+
+// absentIn collects the pages that an image has no content for.
+func (c *capture) absentIn(parent *image.Image) (dirty.Sets, error) {
+	absent := dirty.NewSets(c.blocks)
+	for i := range c.blocks {
+		for extent, err := range parent.Extents(i) {
+			if err != nil {
+				return nil, err
+			}
+			if extent.Kind == image.Unpopulated || extent.Kind == image.Evicted {
+				absent[i].Add(pageset.Run{First: extent.Run.First, Count: extent.Run.Count})
+			}
+		}
+	}
+	return absent, nil
+}

@@ -1,0 +1,78 @@
+package capture
+
+import (
+	"time"
+
+	"github.com/vmckpt/vmckpt/image"
+)
+
+// Result is what came of a checkpoint. As JSON it is what the command line prints, and the image's report.
+type Result struct {
+	Image  string       `json:"image"`
+	Digest image.Digest `json:"digest,omitzero"` // of the manifest
+	Parent string       `json:"parent,omitempty"`
+
+	// Source names the dirty source the pages were chosen by: "page tables", "content hash" (for one RAM block at the least), or "" for
+	// a base.
+	Source string `json:"source,omitempty"`
+
+	// Why says in words why the image is a base, or why the content hash was used, where that was not asked for.
+	Why string `json:"why,omitempty"`
+
+	Began    time.Time     `json:"began"`
+	Instant  time.Time     `json:"instant"`  // when the machine stood still
+	Duration time.Duration `json:"duration"` // ns
+
+	// Pauses are all times that the machine stood still for this checkpoint, lost attempts included; Downtime is their sum.
+	Pauses   []Pause       `json:"pauses"`
+	Downtime time.Duration `json:"downtime"` // ns
+	Phases   []Phase       `json:"phases"`
+	Attempts int           `json:"attempts"` // at the instant; 1 where the first one held
+
+	Harvest HarvestReport    `json:"harvest"`
+	Pages   image.PageCounts `json:"pages,omitzero"`
+}
+
+// Pause is one time that the machine stood still.
+type Pause struct {
+	For   string        `json:"for"`   // "instant", "barrier"
+	Total time.Duration `json:"total"` // ns; from QEMU's STOP to its RESUME where it told both, else as seen from here
+	Exact bool          `json:"exact"` // Total is from QEMU's own stamps
+	Lost  bool          `json:"lost,omitempty"`
+	Parts []Phase       `json:"parts"`
+}
+
+// balance makes the parts add up to the pause: the last one, which ends with QEMU's answer, may go beyond the moment at which the machine
+// ran again; and what passed unseen between two parts gets a name.
+func (p *Pause) balance() {
+	left := p.Total
+	for i := range p.Parts {
+		p.Parts[i].Duration = min(p.Parts[i].Duration, left)
+		left -= p.Parts[i].Duration
+	}
+	if left > 0 {
+		p.Parts = append(p.Parts, Phase{"other", left})
+	}
+}
+
+// Phase is a part of something with its share of the time.
+type Phase struct {
+	Name     string        `json:"name"`
+	Duration time.Duration `json:"duration"` // ns
+}
+
+// HarvestReport is how many pages came by which way.
+type HarvestReport struct {
+	Estimated uint64 `json:"estimated"` // known to be dirty at the beginning
+	Live      uint64 `json:"live"`      // copied with the guest running
+	Residue   uint64 `json:"residue"`   // copied in the hold
+	Rounds    int    `json:"rounds"`    // of copying with the guest running
+}
+
+// Progress is where a checkpoint stands.
+type Progress struct {
+	Phase      string         `json:"phase"` // "preparing", "copying", "instant", "writing", "sealing"
+	DonePages  uint64         `json:"donePages"`
+	TotalPages uint64         `json:"totalPages"` // to be looked at in this phase; 0 where it has no such number
+	Image      image.Progress `json:"image"`
+}

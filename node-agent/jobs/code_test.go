@@ -1,0 +1,74 @@
+package jobs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"testing"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/capture"
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
+	"github.com/vmckpt/vmckpt/node-agent/restore"
+	"github.com/vmckpt/vmckpt/node-agent/supervise"
+)
+
+func TestCodes(t *testing.T) {
+	damage := &image.DamageError{Image: "base", File: "index"}
+	process := &qemu.Process{PID: 7}
+	refused := func(codes ...qemu.Code) error {
+		e := &qemu.RefusedError{}
+		for _, c := range codes {
+			e.Reasons = append(e.Reasons, qemu.Reason{Code: c})
+		}
+		return e
+	}
+	for _, c := range []struct {
+		err  error
+		want Code
+	}{
+		{errors.New("what is this"), CodeUnexpected},
+		{&supervise.JobError{Code: "damaged"}, CodeDamaged},
+		{&supervise.DiedError{}, CodeDied},
+		{supervise.ErrUnwanted, CodeInterrupted},
+		{context.Canceled, CodeInterrupted},
+		{context.DeadlineExceeded, CodeUnexpected},
+		{&qemu.NoMatchError{}, CodeNoVM},
+		{dirty.ErrGone, CodeNoVM},
+		{&qemu.AmbiguousError{}, CodeAmbiguous},
+		{&MonitorError{process, context.DeadlineExceeded}, CodeUnreachable},
+		{refused(qemu.CodeVFIO, qemu.CodeRunState), CodeRefused},
+		{refused(qemu.CodeMigrationActive), CodeState},
+		{&qemu.LayoutError{}, CodeRefused},
+		{&capture.StateError{State: qemu.StateIOError}, CodeState},
+		{capture.ErrMigrating, CodeState},
+		{&restore.StateError{State: qemu.StateRunning}, CodeState},
+		{&capture.AttemptsError{Last: errors.New("disturbed")}, CodeUnsteady},
+		{&capture.AttemptsError{Last: &image.SpaceError{}}, CodeUnsteady},
+		{&capture.ResidueError{}, CodeUnsteady},
+		{&capture.UnrestfulError{}, CodeUnsteady},
+		{&restore.MismatchError{}, CodeMismatch},
+		{capture.ErrNoParent, CodeParent},
+		{&image.ParentError{Err: damage}, CodeParent},
+		{damage, CodeDamaged},
+		{image.ErrWrongKey, CodeWrongKey},
+		{&image.SpaceError{Err: syscall.ENOSPC}, CodeNoSpace},
+		{&dirty.BusyError{}, CodeBusy},
+		{image.ErrBusy, CodeBusy},
+		{image.ErrExists, CodeExists},
+		{image.ErrNotFound, CodeNotFound},
+		{&KeyError{errors.New("no line \"secret\"")}, CodeKey},
+		{&KeyError{image.ErrNotFound}, CodeNotFound},
+		{syscall.EPERM, CodeNotPermitted},
+		{&restore.InvalidMemoryError{Err: context.Canceled}, CodeLost},
+		{&restore.InvalidMemoryError{Err: damage}, CodeLost},
+	} {
+		for _, err := range []error{c.err, fmt.Errorf("capture web: %w", c.err)} {
+			if got := CodeOf(err); got != c.want {
+				t.Errorf("%T %v: %s, want %s", c.err, err, got, c.want)
+			}
+		}
+	}
+}

@@ -1,0 +1,64 @@
+package jobs
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/vmckpt/vmckpt/node-agent/supervise"
+)
+
+// The names of the jobs.
+const (
+	nameCapture = "capture"
+	nameRestore = "restore"
+	nameRelease = "release"
+)
+
+// dialTimeout bounds how long a monitor may take to answer.
+const dialTimeout = 10 * time.Second
+
+// All returns the jobs, for [supervise.Main].
+func All() map[string]supervise.Job {
+	return map[string]supervise.Job{
+		nameCapture: job(runCapture),
+		nameRestore: job(runRestore),
+		nameRelease: job(runRelease),
+	}
+}
+
+// job decodes the request of a job.
+func job[Request, Result any](run func(context.Context, Request, func(any)) (Result, error)) supervise.Job {
+	return func(ctx context.Context, raw json.RawMessage, progress func(any)) (any, error) {
+		var r Request
+		if err := json.Unmarshal(raw, &r); err != nil {
+			return nil, fmt.Errorf("decode the request: %w", err)
+		}
+		return run(ctx, r, progress)
+	}
+}
+
+// Handlers are called while a worker runs. Each may be nil.
+type Handlers[Progress any] struct {
+	Started  func(pid int)  // the worker's, before anybody waits for it
+	Progress func(Progress) // by one goroutine
+}
+
+// do has a job done in a worker.
+func do[Result, Progress any](ctx context.Context, name string, request any, h Handlers[Progress]) (*Result, error) {
+	options := supervise.Options{Started: h.Started}
+	if h.Progress != nil {
+		options.Progress = func(raw json.RawMessage) {
+			var p Progress
+			if json.Unmarshal(raw, &p) == nil {
+				h.Progress(p)
+			}
+		}
+	}
+	result := new(Result)
+	if err := supervise.Run(ctx, name, request, result, options); err != nil {
+		return nil, err
+	}
+	return result, nil
+}

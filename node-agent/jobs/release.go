@@ -1,0 +1,35 @@
+package jobs
+
+import (
+	"context"
+
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
+)
+
+// ReleaseRequest asks for tracking to be taken out of a machine's process. No monitor is needed.
+type ReleaseRequest struct {
+	VM        VM     `json:"vm"`
+	RecordDir string `json:"recordDir,omitempty"`
+}
+
+// ReleaseResult names the process that is as it was before its first capture.
+type ReleaseResult struct {
+	PID   int    `json:"pid"`
+	Guest string `json:"guest,omitempty"`
+}
+
+// Release takes tracking out of a process, in a worker.
+func Release(ctx context.Context, r ReleaseRequest, h Handlers[struct{}]) (*ReleaseResult, error) {
+	return do[ReleaseResult](ctx, nameRelease, r, h)
+}
+
+func runRelease(ctx context.Context, r ReleaseRequest, _ func(any)) (*ReleaseResult, error) {
+	process, err := r.VM.Find(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := dirty.Release(ctx, sessionOf(process), recordDir(r.RecordDir)); err != nil {
+		return nil, err
+	}
+	return &ReleaseResult{PID: process.PID, Guest: process.Guest}, nil
+}

@@ -1,0 +1,91 @@
+package jobs
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
+)
+
+// VM says which machine is meant and how to reach its monitor.
+type VM struct {
+	Guest string `json:"guest,omitempty"`
+	UUID  string `json:"uuid,omitempty"`
+	PID   int    `json:"pid,omitempty"`
+
+	// How to reach the monitor, where that is not to be found out from the process: paths of sockets on this machine.
+	QMPSocket     string `json:"qmpSocket,omitempty"`
+	LibvirtSocket string `json:"libvirtSocket,omitempty"`
+}
+
+// Find finds the process.
+func (v VM) Find(ctx context.Context) (*qemu.Process, error) {
+	return qemu.Find(ctx, qemu.Selector{Guest: v.Guest, UUID: v.UUID, PID: v.PID})
+}
+
+// MonitorError says that the machine is there and its monitor cannot be reached.
+type MonitorError struct {
+	Process *qemu.Process
+	Err     error
+}
+
+func (e *MonitorError) Error() string {
+	return fmt.Sprintf("reach the monitor of %v: %v", e.Process, e.Err)
+}
+
+func (e *MonitorError) Unwrap() error { return e.Err }
+
+// open finds the process and connects to its monitor.
+func (v VM) open(ctx context.Context) (*qemu.Process, qemu.Monitor, error) {
+	p, err := v.Find(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	// A plain socket serves one client at a time, and another's greeting never comes.
+	dialing, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	m, err := qemu.DialProcess(dialing, p, qemu.DialOptions{QMPSocket: v.QMPSocket, LibvirtSocket: v.LibvirtSocket})
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			return nil, nil, cause
+		}
+		return nil, nil, &MonitorError{Process: p, Err: err}
+	}
+	return p, m, nil
+}
+
+// Repository says where images are kept and which file has the keys to them.
+type Repository struct {
+	Dir     string `json:"dir"`
+	KeyFile string `json:"keyFile"`
+}
+
+// KeyError says that the keys could not be had: nothing is known of the repository then.
+type KeyError struct{ Err error }
+
+func (e *KeyError) Error() string { return e.Err.Error() }
+func (e *KeyError) Unwrap() error { return e.Err }
+
+// Open opens the repository.
+func (r Repository) Open() (*image.Repository, error) {
+	keys, err := image.LoadKeyFile(r.KeyFile)
+	if err != nil {
+		return nil, &KeyError{err}
+	}
+	return image.OpenRepository(r.Dir, keys)
+}
+
+// recordDir returns where session records are kept, the default filled in.
+func recordDir(dir string) string {
+	if dir == "" {
+		return dirty.DefaultRecordDir
+	}
+	return dir
+}
+
+// sessionOf names the process as session records do.
+func sessionOf(p *qemu.Process) dirty.Process {
+	return dirty.Process{PID: p.PID, StartTime: p.StartTime}
+}
