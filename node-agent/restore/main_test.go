@@ -1,0 +1,18 @@
+package restore
+
+import (
+	"os"
+	"testing"
+
+	"github.com/vmckpt/vmckpt/node-agent/guard"
+	"github.com/vmckpt/vmckpt/node-agent/inject"
+)
+
+func TestMain(m *testing.M) {
+	guard.Main()
+	inject.Main()
+	if os.Getenv(childVariable) != "" {
+		runChild()
+	}
+	os.Exit(m.Run())
+}
