@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/image/pageset"
+	"github.com/vmckpt/vmckpt/node-agent/capture"
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
+)
+
+// captureJSON is the answer of capture: the result of package capture, and where and how large the image is.
+type captureJSON struct {
+	*capture.Result
+	Repository  string `json:"repository"`
+	Kind        string `json:"kind"` // base or increment
+	VM          vmJSON `json:"vm"`
+	MemoryBytes uint64 `json:"memoryBytes"`
+	OwnBytes    int64  `json:"ownBytes"`
+	TotalBytes  int64  `json:"totalBytes"`
+}
+
+// vmJSON names the machine that was worked on.
+type vmJSON struct {
+	PID   int    `json:"pid"`
+	Guest string `json:"guest,omitempty"`
+	UUID  string `json:"uuid,omitempty"`
+}
+
+func (p *program) captureCommand() *cobra.Command {
+	var vm vmFlags
+	r := jobs.CaptureRequest{Compression: image.Zstd}
+	mode := modeFlag{&r.Mode}
+	r.Mode = capture.Auto
+	c := &cobra.Command{
+		Use:   "capture [VM]",
+		Short: "Take a checkpoint of a running machine",
+		Long: `Capture makes an image of a running machine's memory and device state at one instant. The guest goes on but for a pause
+of milliseconds; if its owner has paused it, it stays paused.
+
+The first image of a machine is a base with every page. Later ones are increments: with what changed since the parent by
+the kernel's page tables where tracking is unbroken, or by comparing all memory with the parent's page hashes where it is
+not. The answer says which it was and why.
+
+Disks are not captured yet: keep them as they are at the instant by other means.`,
+		Example: `  vmckpt capture web
+  vmckpt capture --pid 4242 --name before-upgrade --mode full
+  vmckpt capture web --libvirt qemu:///system --compression s2`,
+		Args: between(0, "VM"),
+		RunE: func(c *cobra.Command, args []string) (err error) {
+			if r.VM, err = vm.vm(argument(args, 0), p.getenv); err != nil {
+				return err
+			}
+			return p.capture(c.Context(), r)
+		},
+	}
+	vm.selectorFlags(c)
+	vm.monitorFlags(c)
+	p.repositoryFlags(c)
+	f := c.Flags()
+	f.StringVar(&r.Name, "name", "", "name of the image; default: the machine's name and the time in UTC")
+	f.Var(&mode, "mode", "auto (an increment where there is something to build on), full (a base) or incremental (an increment or an error)")
+	f.StringVar(&r.Parent, "parent", "", "image to make an increment on; default: the machine's last one")
+	f.Var(compressionFlag{&r.Compression}, "compression", "zstd, s2 (faster, larger) or none")
+	f.BoolVar(&r.VerifyParent, "verify-parent", false, "check every byte of the parent first; one that is damaged means a base")
+	f.StringToStringVar(&r.Attributes, "attribute", nil, "key=value to keep with the image; may be given more than once")
+	f.DurationVar(&r.ResidueBudget, "budget", 5*time.Millisecond, "time for copying memory in the pause; where more is dirty, it is copied beforehand")
+	f.DurationVar(&r.HoldBound, "hold-bound", 200*time.Millisecond, "longest time that the machine is held; past it, it is let go and the instant tried again")
+	f.DurationVar(&r.PauseBound, "pause-bound", 5*time.Second, "longest time it is held where the guest writes faster than its memory can be copied")
+	recordDirFlag(c, &r.RecordDir)
+	return c
+}
+
+func (p *program) capture(ctx context.Context, r jobs.CaptureRequest) (err error) {
+	if r.Repository, err = p.repositoryRequest(); err != nil {
+		return err
+	}
+	if err := checkCapture(r); err != nil {
+		return &usageError{err}
+	}
+	// Looked for here as well: what can be told at once is, and the image's name comes from it.
+	process, err := r.VM.Find(ctx)
+	if err != nil {
+		return err
+	}
+	r.VM.PID = process.PID
+	if r.Name == "" {
+		r.Name = imageName(process, p.now())
+	}
+	meter := p.meter()
+	result, err := jobs.Capture(ctx, r, jobs.Handlers[capture.Progress]{
+		Started: p.workers.started,
+		Progress: func(at capture.Progress) {
+			meter.at(at.Phase, int64(at.DonePages*pageset.PageBytes), int64(at.TotalPages*pageset.PageBytes))
+		},
+	})
+	p.workers.ended()
+	meter.end()
+	if err != nil {
+		return err
+	}
+	return p.captured(ctx, process, result)
+}
+
+// captured tells of an image that is there.
+func (p *program) captured(ctx context.Context, process *qemu.Process, result *capture.Result) error {
+	repository, err := p.open()
+	if err != nil {
+		return fmt.Errorf("image %s was made, and cannot be looked at: %w", result.Image, err)
+	}
+	defer repository.Close()
+	i, err := repository.Open(ctx, result.Image)
+	if err != nil {
+		return fmt.Errorf("image %s was made, and cannot be looked at: %w", result.Image, err)
+	}
+	defer i.Close()
+	m := i.Manifest()
+	answer := captureJSON{
+		Result: result, Repository: p.repository, Kind: "base",
+		VM:          vmJSON{process.PID, process.Guest, process.UUID},
+		MemoryBytes: m.MemoryBytes(), OwnBytes: m.OwnBytes(), TotalBytes: m.FileBytes(),
+	}
+	if m.Parent != nil {
+		answer.Kind = "increment"
+	}
+	p.answer(answer, func() {
+		p.fields(
+			field{"image", m.Name},
+			field{"kind", kindText(&m, result)},
+			field{"size", sizesText(&m)},
+			field{"took", tookText(result)},
+			field{"paused", pausedText(result)},
+		)
+		p.printPauses(result)
+		p.printPages(&m)
+	})
+	return nil
+}
+
+// checkCapture refuses what cannot be meant, before anything is looked for.
+func checkCapture(r jobs.CaptureRequest) error {
+	if r.Name != "" {
+		if err := image.CheckName(r.Name); err != nil {
+			return err
+		}
+	}
+	if r.Parent != "" {
+		if err := image.CheckName(r.Parent); err != nil {
+			return err
+		}
+		if r.Mode == capture.Full {
+			return errors.New("--mode full makes a base, which has no --parent")
+		}
+	}
+	for name, d := range map[string]time.Duration{"--budget": r.ResidueBudget, "--hold-bound": r.HoldBound, "--pause-bound": r.PauseBound} {
+		if d <= 0 {
+			return fmt.Errorf("%s: want more than 0", name)
+		}
+	}
+	return nil
+}
+
+// imageName makes a name of the machine's and the time: what images allow, in an order that is that of the times.
+func imageName(process *qemu.Process, now time.Time) string {
+	name := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= '0' && r <= '9', r == '.':
+			return r
+		case r >= 'A' && r <= 'Z':
+			return r - 'A' + 'a'
+		}
+		return '-'
+	}, process.Guest)
+	name = strings.Trim(name, "-.")
+	if name == "" {
+		name = fmt.Sprintf("pid-%d", process.PID)
+	}
+	// To the millisecond: increments are taken several times a second.
+	const stamp = "20060102t150405.000z"
+	const longest = 128 - len("-") - len(stamp)
+	return strings.TrimRight(name[:min(len(name), longest)], "-.") + "-" + now.UTC().Format(stamp)
+}
+
+// modeFlag is a capture's mode as a flag.
+type modeFlag struct{ mode *capture.Mode }
+
+func (f *modeFlag) String() string {
+	if f.mode == nil {
+		return ""
+	}
+	return string(*f.mode)
+}
+func (f *modeFlag) Type() string { return "mode" }
+
+func (f *modeFlag) Set(s string) error {
+	switch m := capture.Mode(s); m {
+	case capture.Auto, capture.Full, capture.Incremental:
+		*f.mode = m
+		return nil
+	}
+	return errors.New("want auto, full or incremental")
+}
+
+// compressionFlag is a compression as a flag.
+type compressionFlag struct{ c *image.Compression }
+
+func (f compressionFlag) String() string {
+	if f.c == nil {
+		return ""
+	}
+	return f.c.String()
+}
+func (f compressionFlag) Type() string { return "compression" }
+
+func (f compressionFlag) Set(s string) (err error) {
+	*f.c, err = image.ParseCompression(s)
+	return err
+}

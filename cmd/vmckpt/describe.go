@@ -1,0 +1,133 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/image/pageset"
+	"github.com/vmckpt/vmckpt/node-agent/capture"
+)
+
+// What capture and show say of an image, for people.
+
+// kindText says what an image is and how that came about.
+func kindText(m *image.Manifest, r *capture.Result) string {
+	text := "base"
+	if m.Parent != nil {
+		text = "increment of " + m.Parent.Name
+		if r.Source != "" {
+			text += ", dirty pages by " + r.Source
+		}
+	}
+	if r.Why != "" {
+		text += " (" + strings.TrimPrefix(r.Why, "a base: ") + ")"
+	}
+	return text
+}
+
+// sizesText says what an image takes of the volume.
+func sizesText(m *image.Manifest) string {
+	text := fmt.Sprintf("%s for %s of memory", sizeText(m.OwnBytes()), sizeText(m.MemoryBytes()))
+	if shared := m.FileBytes() - m.OwnBytes(); shared > 0 {
+		text += fmt.Sprintf(", and %s shared with other images", sizeText(shared))
+	}
+	return text
+}
+
+// tookText says how long a capture took, and with what.
+func tookText(r *capture.Result) string {
+	if r.Duration == 0 {
+		return ""
+	}
+	return durationText(r.Duration) + phasesText(r.Phases)
+}
+
+func phasesText(phases []capture.Phase) string {
+	if len(phases) == 0 {
+		return ""
+	}
+	var parts []string
+	for _, p := range phases {
+		parts = append(parts, p.Name+" "+durationText(p.Duration))
+	}
+	return " (" + strings.Join(parts, ", ") + ")"
+}
+
+// pausedText says how long the guest stood still.
+func pausedText(r *capture.Result) string {
+	if len(r.Pauses) == 0 {
+		return ""
+	}
+	text := durationText(r.Downtime) + " in " + plural(len(r.Pauses), "pause")
+	if r.Attempts > 1 {
+		text += fmt.Sprintf("; the instant held at the %s attempt", ordinal(r.Attempts))
+	}
+	return text
+}
+
+func ordinal(n int) string {
+	suffix := "th"
+	if n%100 < 11 || n%100 > 13 {
+		switch n % 10 {
+		case 1:
+			suffix = "st"
+		case 2:
+			suffix = "nd"
+		case 3:
+			suffix = "rd"
+		}
+	}
+	return fmt.Sprint(n, suffix)
+}
+
+// printPauses prints each pause with its parts.
+func (p *program) printPauses(r *capture.Result) {
+	if len(r.Pauses) == 0 {
+		return
+	}
+	rows := [][]string{{"PAUSE", "TIME", "PARTS"}}
+	for _, pause := range r.Pauses {
+		name, time := pause.For, durationText(pause.Total)
+		if pause.Lost {
+			name += " (lost)"
+		}
+		if !pause.Exact {
+			time = "≤ " + time // as seen from outside
+		}
+		var parts []string
+		for _, part := range pause.Parts {
+			parts = append(parts, part.Name+" "+durationText(part.Duration))
+		}
+		rows = append(rows, []string{name, time, strings.Join(parts, ", ")})
+	}
+	p.printf("\n")
+	p.table(rows)
+}
+
+// printPages prints what an image's pages are and where they come from.
+func (p *program) printPages(m *image.Manifest) {
+	c := &m.Pages
+	rows := [][]string{{"PAGES", fmt.Sprintf("%12s", "NUMBER"), fmt.Sprintf("%10s", "MEMORY")}}
+	row := func(name string, pages uint64) {
+		rows = append(rows, []string{name, fmt.Sprintf("%12s", countText(pages)), fmt.Sprintf("%10s", sizeText(pages*pageset.PageBytes))})
+	}
+	row("stored", c.Stored)
+	row("uniform", c.Uniform)
+	row("unpopulated", c.Unpopulated)
+	if c.Evicted > 0 {
+		row("evicted", c.Evicted)
+	}
+	row("all", c.Total)
+	if m.Parent != nil {
+		row("the parent's", c.Inherited)
+		row("compared, the same", c.Unchanged)
+	}
+	row("written", c.Written)
+	p.printf("\n")
+	p.table(rows)
+	if c.WrittenRaw > 0 {
+		p.printf("\nwritten pages take %s on the volume (%s, %.1f %%)\n", sizeText(c.WrittenBytes), m.Compression,
+			100*float64(c.WrittenBytes)/float64(c.WrittenRaw))
+	}
+}

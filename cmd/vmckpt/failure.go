@@ -1,0 +1,145 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
+)
+
+// codeUsage is the code of what was typed wrong. It is this program's own: workers are never asked so.
+const codeUsage jobs.Code = "usage"
+
+// usageError is an error in what was typed.
+type usageError struct{ error }
+
+func (e *usageError) Unwrap() error { return e.error }
+
+// The exit codes. Scripts rely on them.
+const (
+	exitUnexpected  = 1
+	exitUsage       = 2
+	exitNotFound    = 3
+	exitRefused     = 4
+	exitDamaged     = 5
+	exitNoSpace     = 6
+	exitBusy        = 7
+	exitLost        = 8
+	exitInterrupted = 130 // as shells have it for SIGINT
+)
+
+// codeOf returns the code of an error.
+func codeOf(err error) jobs.Code {
+	var usage *usageError
+	if errors.As(err, &usage) {
+		return codeUsage
+	}
+	return jobs.CodeOf(err)
+}
+
+// exitAndHint says how the program ends on an error, and what its user can do about it; there may be nothing to say.
+func exitAndHint(code jobs.Code) (exit int, hint string) {
+	switch code {
+	case codeUsage:
+		return exitUsage, "`vmckpt help COMMAND` shows how it is called"
+	case jobs.CodeNoVM:
+		return exitNotFound, "name a QEMU that runs on this host: by its guest name (-name), --uuid or --pid; seeing other users' machines needs root"
+	case jobs.CodeAmbiguous:
+		return exitUsage, "name it by --uuid or --pid"
+	case jobs.CodeUnreachable:
+		return exitNotFound, "name a QMP socket that no other client holds with --monitor, or libvirt's with --libvirt"
+	case jobs.CodeNotFound:
+		return exitNotFound, "`vmckpt list` shows the images of a repository, `vmckpt init` makes one"
+	case jobs.CodeExists:
+		return exitUsage, "choose another name"
+	case jobs.CodeKey:
+		return exitUsage, "--key wants a file that `vmckpt init` made, readable by its owner alone"
+	case jobs.CodeRefused:
+		return exitRefused, "nothing was touched; docs/operation.md has each reason and what to do about it"
+	case jobs.CodeState:
+		return exitRefused, "nothing was touched; try again when the VM is in another state (restore stops a running VM with --in-place only)"
+	case jobs.CodeUnsteady:
+		return exitRefused, "the VM goes on as before; try again when nothing else stops or resumes it and the guest writes less, or allow more with --pause-bound"
+	case jobs.CodeMismatch:
+		return exitRefused, "nothing was touched; start a QEMU like the recorded one (`vmckpt show IMAGE --output json`, machine) and restore into that"
+	case jobs.CodeParent:
+		return exitRefused, "take a base with --mode full, or let --mode auto decide"
+	case jobs.CodeDamaged:
+		return exitDamaged, "restore from another image (`vmckpt verify` checks them all); the next capture with --mode full does not need this one"
+	case jobs.CodeWrongKey:
+		return exitDamaged, "use the key file that the image was written with"
+	case jobs.CodeNoSpace:
+		return exitNoSpace, "make room: `vmckpt delete` images that are not needed, `vmckpt sweep` leftovers; nothing was lost and the VM runs on"
+	case jobs.CodeBusy:
+		return exitBusy, "wait for the other one to end, and try again"
+	case jobs.CodeNotPermitted:
+		return exitRefused, "reading and writing another process's memory needs root (CAP_SYS_PTRACE)"
+	case jobs.CodeLost:
+		return exitLost, "do not let the VM run: repeat the restore, of this image or another, or end the QEMU"
+	case jobs.CodeInterrupted:
+		return exitInterrupted, ""
+	case jobs.CodeDied:
+		return exitUnexpected, "a VM under capture was let go by the kernel and runs on (`vmckpt sweep --older-than 0s` removes what was begun); one under restore was not written to, and may stand paused"
+	}
+	return exitUnexpected, ""
+}
+
+// failureJSON is an error for scripts.
+type failureJSON struct {
+	Code    jobs.Code   `json:"code"`
+	Message string      `json:"message"`
+	Hint    string      `json:"hint,omitempty"`
+	Damage  *damageJSON `json:"damage,omitempty"`
+}
+
+// damageJSON says where an image is damaged.
+type damageJSON struct {
+	Image  string `json:"image"`
+	File   string `json:"file"`
+	Offset int64  `json:"offset"` // -1 where it cannot be told
+}
+
+func describe(err error) *failureJSON {
+	f := &failureJSON{Code: codeOf(err), Message: err.Error()}
+	_, f.Hint = exitAndHint(f.Code)
+	var damage *image.DamageError
+	if errors.As(err, &damage) {
+		f.Damage = &damageJSON{Image: damage.Image, File: damage.File, Offset: damage.Offset}
+	}
+	return f
+}
+
+// reported is an error that was told of already, and that the command's answer has: verify has a line for each image.
+type reported struct{ error }
+
+func (e *reported) Unwrap() error { return e.error }
+
+// fail tells of an error and returns the exit code.
+func (p *program) fail(err error) int {
+	f := describe(err)
+	exit, _ := exitAndHint(f.Code)
+	var told *reported
+	if !errors.As(err, &told) {
+		p.complain(err)
+		if p.output == outputJSON {
+			p.encode(struct {
+				Error *failureJSON `json:"error"`
+			}{f})
+		}
+	}
+	if f.Hint != "" {
+		fmt.Fprintf(p.stderr, "hint: %s\n", f.Hint)
+	}
+	return exit
+}
+
+// complain tells people of an error. Several that are joined stand on lines of their own.
+func (p *program) complain(err error) {
+	if codeOf(err) == jobs.CodeInterrupted {
+		fmt.Fprintln(p.stderr, "interrupted")
+		return
+	}
+	fmt.Fprintf(p.stderr, "error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\n       "))
+}

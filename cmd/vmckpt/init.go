@@ -1,0 +1,101 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
+)
+
+// initJSON is the answer of init.
+type initJSON struct {
+	Repository string `json:"repository"`
+	KeyFile    string `json:"keyFile"`
+	KeyCreated bool   `json:"keyCreated"` // false where the key file was there already
+	Encrypted  bool   `json:"encrypted"`
+}
+
+func (p *program) initCommand() *cobra.Command {
+	var encrypt bool
+	c := &cobra.Command{
+		Use:   "init",
+		Short: "Make a repository, and a key file if there is none",
+		Long: `Init makes a repository of a directory, which it creates if need be. The key file is created where there is none; one
+that exists is used as it is, so that several repositories can share it.
+
+Whoever has the key file can read the images and make some that are believed; without it none can be read at all. It
+must not lie in the repository. Keep a copy of it.`,
+		Example: `  vmckpt init --repo /srv/checkpoints --key /etc/vmckpt.key --encrypt`,
+		Args:    exactly(),
+		RunE:    func(*cobra.Command, []string) error { return p.init(encrypt) },
+	}
+	p.repositoryFlags(c)
+	c.Flags().BoolVar(&encrypt, "encrypt", false, "encrypt images: a new key file gets an encryption key as well")
+	return c
+}
+
+func (p *program) init(encrypt bool) error {
+	r, err := p.repositoryRequest()
+	if err != nil {
+		return err
+	}
+	if err := keyOutside(r); err != nil {
+		return err
+	}
+	// A repository that is there already is told before a key is made for it.
+	if _, err := os.Lstat(filepath.Join(r.Dir, "repository.json")); err == nil {
+		return fmt.Errorf("make repository %s: %w", r.Dir, image.ErrExists)
+	}
+	created := false
+	keys, err := image.LoadKeyFile(r.KeyFile)
+	if errors.Is(err, image.ErrNotFound) {
+		created = true
+		keys, err = image.NewKeyFile(r.KeyFile, encrypt)
+	}
+	if err != nil {
+		return &jobs.KeyError{Err: err}
+	}
+	if encrypt && keys.Encryption == nil {
+		return &jobs.KeyError{Err: fmt.Errorf("key file %s has no encryption key", r.KeyFile)}
+	}
+	if err := image.InitRepository(r.Dir); err != nil {
+		return err
+	}
+	answer := initJSON{Repository: r.Dir, KeyFile: r.KeyFile, KeyCreated: created, Encrypted: keys.Encryption != nil}
+	p.answer(answer, func() {
+		p.printf("repository  %s\n", r.Dir)
+		if created {
+			p.printf("key file    %s (new; keep a copy: without it no image can be read)\n", r.KeyFile)
+		} else {
+			p.printf("key file    %s (was there)\n", r.KeyFile)
+		}
+		if answer.Encrypted {
+			p.printf("encryption  AES-256-GCM\n")
+		} else {
+			p.printf("encryption  none: whoever can read the volume can read the guest's memory (--encrypt)\n")
+		}
+	})
+	return nil
+}
+
+// keyOutside refuses a key file within the repository: it would be there for everybody whom it is to keep out.
+func keyOutside(r jobs.Repository) error {
+	dir, err := filepath.Abs(r.Dir)
+	if err != nil {
+		return err
+	}
+	key, err := filepath.Abs(r.KeyFile)
+	if err != nil {
+		return err
+	}
+	if inside, err := filepath.Rel(dir, key); err == nil && inside != ".." && !strings.HasPrefix(inside, "../") {
+		return &usageError{fmt.Errorf("the key file %s would lie in the repository, open to whoever owns that volume", r.KeyFile)}
+	}
+	return nil
+}

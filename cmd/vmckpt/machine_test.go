@@ -1,0 +1,266 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
+	"github.com/vmckpt/vmckpt/test/guest/writer"
+	"github.com/vmckpt/vmckpt/test/machine"
+)
+
+// command starts the program as users do: a process of its own, with workers of its own.
+func (s *shell) command(records string, args ...string) *exec.Cmd {
+	c := exec.Command("/proc/self/exe", append(args, "--record-dir", records)...)
+	c.Env = append(os.Environ(), mainVariable+"=1", repositoryVariable+"="+s.repo, keyVariable+"="+s.key)
+	return c
+}
+
+// process runs the program and decodes its answer.
+func process[T any](s *shell, records string, wantExit int, args ...string) (answer T) {
+	s.t.Helper()
+	c := s.command(records, append(args, "--output", "json")...)
+	var stderr bytes.Buffer
+	c.Stderr = &stderr
+	stdout, err := c.Output()
+	var exited *exec.ExitError
+	if err != nil && !errors.As(err, &exited) {
+		s.t.Fatal(err)
+	}
+	if exit := c.ProcessState.ExitCode(); exit != wantExit {
+		s.t.Fatalf("vmckpt %s: exit code %d, want %d; standard error:\n%s", strings.Join(args, " "), exit, wantExit, stderr.String())
+	}
+	if err := json.Unmarshal(stdout, &answer); err != nil {
+		s.t.Fatalf("vmckpt %s: %v in:\n%s", strings.Join(args, " "), err, stdout)
+	}
+	return answer
+}
+
+// failed runs the program, which must fail, and returns its error.
+func failed(s *shell, records string, wantExit int, args ...string) failureJSON {
+	s.t.Helper()
+	return process[struct{ Error failureJSON }](s, records, wantExit, args...).Error
+}
+
+func state(t *testing.T, m *machine.Machine) qemu.RunState {
+	t.Helper()
+	s, err := qemu.Status(t.Context(), m.Monitor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// passes returns how far the machine's guest has come, and fails where it found a page that it did not write.
+func passes(t *testing.T, m *machine.Machine) uint64 {
+	t.Helper()
+	status, begun, err := m.WriterStatus(t.Context())
+	if err != nil || !begun || status.Errors != 0 {
+		t.Fatalf("the guest's account: %+v, begun %v, %v", status, begun, err)
+	}
+	return status.Passes
+}
+
+// goesOn waits until the guest has made some more passes over its memory.
+func goesOn(t *testing.T, m *machine.Machine) {
+	t.Helper()
+	before := passes(t, m)
+	if _, err := m.WaitWriter(t.Context(), func(s writer.Status) bool { return s.Passes > before+5 }); err != nil {
+		t.Fatal(err)
+	}
+	passes(t, m)
+}
+
+// TestMachine goes the whole way: a base and increments of a running guest, verified, restored into a fresh QEMU and rolled back in
+// place; then tracking taken out.
+func TestMachine(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 128 * machine.MiB, Guest: machine.Writer{
+		Percent: 50, Parameters: writer.Parameters{Random: true, PagesPerPass: 64, DMAPagesPerPass: 2, Spin: 100_000},
+	}})
+	name := m.Options().Name
+
+	base := process[captureJSON](s, records, 0, "capture", name, "--monitor", m.Socket, "--name", "base")
+	if base.Kind != "base" || base.Image != "base" || base.VM.PID != m.PID || len(base.Pauses) == 0 || base.Downtime == 0 ||
+		base.MemoryBytes < 128<<20 || base.OwnBytes == 0 || base.OwnBytes != base.TotalBytes {
+		t.Errorf("base: %+v", base)
+	}
+	at := passes(t, m)
+	goesOn(t, m)
+	increment := process[captureJSON](s, records, 0, "capture", "--guest", name, "--name", "increment", "--compression", "s2", "--attribute", "for=test")
+	if increment.Kind != "increment" || increment.Parent != "base" || increment.Source != "page tables" || increment.OwnBytes >= increment.TotalBytes {
+		t.Errorf("increment: %+v", increment)
+	}
+	goesOn(t, m)
+	named := process[captureJSON](s, records, 0, "capture", "--uuid", m.Options().UUID)
+	if !strings.HasPrefix(named.Image, name+"-") || named.Parent != "increment" {
+		t.Errorf("a capture without a name: %+v", named)
+	}
+
+	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 3 || got.Images[1].Attributes["for"] != "test" {
+		t.Errorf("list: %+v", got)
+	}
+	if got := runJSON[verifyJSON](s, 0, "verify"); !got.OK || len(got.Images) != 3 {
+		t.Errorf("verify: %+v", got)
+	}
+
+	// A running machine is not restored into unless that is said.
+	if got := failed(s, records, exitRefused, "restore", "base", name); got.Code != jobs.CodeState {
+		t.Errorf("restore into a running machine: %+v", got)
+	}
+	now := passes(t, m)
+	rolled := process[restoreJSON](s, records, 0, "restore", "base", name, "--in-place")
+	if !rolled.Stopped || rolled.Resumed || state(t, m) != qemu.StatePaused {
+		t.Errorf("rolled back: %+v, the machine is %s", rolled, state(t, m))
+	}
+	if back := passes(t, m); back > at || back >= now {
+		t.Errorf("rolled back from pass %d to %d, the image was made before pass %d", now, back, at)
+	}
+	if err := m.Continue(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	goesOn(t, m)
+
+	twin := m.Twin()
+	twin.Name, twin.UUID = twin.Name+"-twin", m.Options().UUID
+	fresh := machine.Start(t, twin)
+	restored := process[restoreJSON](s, records, 0, "restore", "increment", twin.Name, "--run", "--full-compare")
+	if !restored.Resumed || restored.PID != fresh.PID || state(t, fresh) != qemu.StateRunning {
+		t.Errorf("restored: %+v", restored)
+	}
+	goesOn(t, fresh)
+
+	released := process[jobs.ReleaseResult](s, records, 0, "release", name)
+	if released.PID != m.PID {
+		t.Errorf("released: %+v", released)
+	}
+	if found := userfaultfds(t, m.PID); found != 0 {
+		t.Errorf("%d userfaultfds are left in the machine's process", found)
+	}
+	goesOn(t, m)
+}
+
+// userfaultfds counts those in a process.
+func userfaultfds(t *testing.T, pid int) (n int) {
+	t.Helper()
+	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range links {
+		if target, err := os.Readlink(link); err == nil && strings.Contains(target, "userfaultfd") {
+			n++
+		}
+	}
+	return n
+}
+
+// TestOtherMachine restores into a machine with less memory, which is refused and not touched.
+func TestOtherMachine(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	o := machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}}
+	m := machine.Start(t, o)
+	process[captureJSON](s, records, 0, "capture", m.Options().Name, "--name", "base")
+	o.MemoryBytes, o.Paused = 96*machine.MiB, true
+	other := machine.Start(t, o)
+	got := failed(s, records, exitRefused, "restore", "base", other.Options().Name)
+	if got.Code != jobs.CodeMismatch || !strings.Contains(got.Message, "pc.ram") {
+		t.Errorf("error %+v", got)
+	}
+	if err := other.Continue(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Ready(t.Context()); err != nil {
+		t.Errorf("the machine was touched: %v", err)
+	}
+}
+
+// TestInterrupted interrupts a capture; the machine goes on, there is no image, and nothing is left behind.
+func TestInterrupted(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 512 * machine.MiB, Guest: machine.Writer{
+		Parameters: writer.Parameters{Random: true, PagesPerPass: 4096},
+	}})
+	goesOn(t, m)
+	if exit := s.interrupt(records, "copying", "capture", m.Options().Name); exit != exitInterrupted {
+		t.Errorf("exit code %d, want %d", exit, exitInterrupted)
+	}
+	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 0 {
+		t.Errorf("there is an image: %+v", got.Images)
+	}
+	if left, err := os.ReadDir(filepath.Join(s.repo, "tmp")); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	if got := state(t, m); got != qemu.StateRunning {
+		t.Errorf("the machine is %s", got)
+	}
+	goesOn(t, m)
+}
+
+// interrupt runs the program, interrupts it once it is in a phase, and returns its exit code.
+func (s *shell) interrupt(records, phase string, args ...string) (exit int) {
+	s.t.Helper()
+	c := s.command(records, append(args, "--progress", "plain")...)
+	stderr, err := c.StderrPipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	late := time.AfterFunc(30*time.Second, func() { c.Process.Kill() })
+	defer late.Stop()
+	var told bytes.Buffer
+	for b := make([]byte, 4096); !strings.Contains(told.String(), phase); {
+		n, err := stderr.Read(b)
+		told.Write(b[:n])
+		if err != nil {
+			s.t.Fatalf("it ended before it was interrupted:\n%s", told.String())
+		}
+	}
+	if err := c.Process.Signal(unix.SIGINT); err != nil {
+		s.t.Fatal(err)
+	}
+	io.Copy(&told, stderr) //nolint:errcheck // what there is
+	c.Wait()               //nolint:errcheck // its exit code says it
+	s.t.Logf("interrupted:\n%s", told.String())
+	return c.ProcessState.ExitCode()
+}
+
+// TestInterruptedRestore leaves a machine with its memory half written: it stands still, is captured by nobody, and the next restore
+// finishes it.
+func TestInterruptedRestore(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 512 * machine.MiB, Guest: machine.Writer{
+		Parameters: writer.Parameters{Random: true, PagesPerPass: 4096},
+	}})
+	name := m.Options().Name
+	if _, err := m.WaitWriter(t.Context(), func(s writer.Status) bool { return s.Pages > 100_000 }); err != nil {
+		t.Fatal(err)
+	}
+	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
+	if exit := s.interrupt(records, "memory", "restore", "base", name, "--in-place", "--run"); exit != exitLost {
+		t.Fatalf("exit code %d, want %d", exit, exitLost)
+	}
+	if got := state(t, m); got == qemu.StateRunning {
+		t.Errorf("the machine is %s", got)
+	}
+	if got := failed(s, records, exitLost, "capture", name, "--name", "torn"); got.Code != jobs.CodeLost {
+		t.Errorf("capture: %+v", got)
+	}
+	process[restoreJSON](s, records, 0, "restore", "base", name, "--run")
+	goesOn(t, m)
+	process[captureJSON](s, records, 0, "capture", name, "--name", "next", "--mode", "incremental")
+}

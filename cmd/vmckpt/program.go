@@ -1,0 +1,151 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
+)
+
+// program is one invocation: what it takes from its surroundings, and the flags that every command has.
+type program struct {
+	stdout, stderr io.Writer
+	getenv         func(string) string
+	now            func() time.Time
+	terminal       bool // stderr is one
+	signals        <-chan os.Signal
+
+	output     outputFormat
+	progress   progressStyle
+	repository string
+	keyFile    string
+
+	began   bool // the arguments were understood, and the command's own work began
+	workers workers
+}
+
+// The environment variables that stand for flags.
+const (
+	repositoryVariable = "VMCKPT_REPO"
+	keyVariable        = "VMCKPT_KEY"
+)
+
+// run does what the arguments say and returns the exit code.
+func (p *program) run(ctx context.Context, args []string) int {
+	p.output, p.progress = outputText, progressAuto
+	ctx, stop := p.interruptible(ctx)
+	defer stop()
+	root := p.command()
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	if !p.began {
+		err = &usageError{err}
+	}
+	return p.fail(err)
+}
+
+// command returns the whole tree of commands.
+func (p *program) command() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "vmckpt",
+		Short: "Checkpoints of running QEMU machines: take, look after and restore them",
+		Long: `vmckpt takes checkpoints of running QEMU machines, memory included, while the guest goes on, and restores them.
+
+Checkpoints are images in a repository, a directory. The first one of a machine is a base; those after it are
+increments that hold what changed. Each can be restored, and deleted, without the others.`,
+		Example: `  vmckpt init --repo /srv/checkpoints --key /etc/vmckpt.key
+  vmckpt capture web --repo /srv/checkpoints --key /etc/vmckpt.key
+  vmckpt list --repo /srv/checkpoints --key /etc/vmckpt.key`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRun: func(*cobra.Command, []string) {
+			p.began = true
+		},
+	}
+	root.SetOut(p.stdout)
+	root.SetErr(p.stderr)
+	root.PersistentFlags().VarP(&p.output, "output", "o", "how to answer: text or json")
+	root.PersistentFlags().Var(&p.progress, "progress", "how to show progress: bar, plain (lines), none, or auto: a bar where standard error is a terminal")
+	root.AddCommand(
+		p.initCommand(), p.captureCommand(), p.restoreCommand(), p.listCommand(), p.showCommand(), p.verifyCommand(),
+		p.deleteCommand(), p.sweepCommand(), p.releaseCommand(),
+	)
+	return root
+}
+
+// repositoryFlags adds the flags that say which repository is meant.
+func (p *program) repositoryFlags(c *cobra.Command) {
+	c.Flags().StringVar(&p.repository, "repo", p.getenv(repositoryVariable), "directory of the repository; default: $"+repositoryVariable)
+	c.Flags().StringVar(&p.keyFile, "key", p.getenv(keyVariable), "file with the repository's keys; default: $"+keyVariable)
+	// A default from the environment is for this user on this day, and not for the help text.
+	c.Flags().Lookup("repo").DefValue, c.Flags().Lookup("key").DefValue = "", ""
+}
+
+// repositoryRequest returns what the flags say of the repository.
+func (p *program) repositoryRequest() (jobs.Repository, error) {
+	switch {
+	case p.repository == "":
+		return jobs.Repository{}, &usageError{fmt.Errorf("which repository? Name its directory with --repo or %s", repositoryVariable)}
+	case p.keyFile == "":
+		return jobs.Repository{}, &usageError{fmt.Errorf("which keys? Name the key file with --key or %s", keyVariable)}
+	}
+	return jobs.Repository{Dir: p.repository, KeyFile: p.keyFile}, nil
+}
+
+// open opens the repository that the flags name.
+func (p *program) open() (*image.Repository, error) {
+	r, err := p.repositoryRequest()
+	if err != nil {
+		return nil, err
+	}
+	return r.Open()
+}
+
+// exactly refuses any other number of arguments than those named.
+func exactly(names ...string) cobra.PositionalArgs { return between(len(names), names...) }
+
+// between refuses fewer arguments than least and more than are named.
+func between(least int, names ...string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) < least {
+			return fmt.Errorf("%s is missing", names[len(args)])
+		}
+		if len(args) > len(names) {
+			return fmt.Errorf("%q is one argument too many", args[len(names)])
+		}
+		return nil
+	}
+}
+
+// atLeastOne refuses no arguments at all.
+func atLeastOne(name string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return fmt.Errorf("%s is missing", name)
+		}
+		return nil
+	}
+}
+
+// argument returns an argument that may be missing.
+func argument(args []string, n int) string {
+	if n < len(args) {
+		return args[n]
+	}
+	return ""
+}
+
+// recordDirFlag adds the flag that says where session records are kept.
+func recordDirFlag(c *cobra.Command, dir *string) {
+	c.Flags().StringVar(dir, "record-dir", dirty.DefaultRecordDir, "where this host keeps what it knows of tracked machines; must not outlive a boot")
+}

@@ -1,0 +1,44 @@
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
+)
+
+func (p *program) releaseCommand() *cobra.Command {
+	var vm vmFlags
+	var recordDir string
+	c := &cobra.Command{
+		Use:   "release [VM]",
+		Short: "Take the tracking of writes out of a running machine",
+		Long: `Between captures, tracking stays armed in the QEMU process, so that the next one is an increment. Release takes it out
+again: the process is then as it was before its first capture, and its next capture makes an increment by comparing
+all of its memory with its last image.
+
+Nothing else needs it: tracking ends with the process.`,
+		Args: between(0, "VM"),
+		RunE: func(c *cobra.Command, args []string) error {
+			which, err := vm.vm(argument(args, 0), p.getenv)
+			if err != nil {
+				return err
+			}
+			return p.release(c.Context(), jobs.ReleaseRequest{VM: which, RecordDir: recordDir})
+		},
+	}
+	vm.selectorFlags(c)
+	recordDirFlag(c, &recordDir)
+	return c
+}
+
+func (p *program) release(ctx context.Context, r jobs.ReleaseRequest) error {
+	result, err := jobs.Release(ctx, r, jobs.Handlers[struct{}]{Started: p.workers.started})
+	p.workers.ended()
+	if err != nil {
+		return err
+	}
+	p.answer(result, func() { p.printf("tracking is taken out of pid %d (%s)\n", result.PID, orDash(result.Guest)) })
+	return nil
+}

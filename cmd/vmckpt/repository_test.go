@@ -1,0 +1,286 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
+)
+
+func TestUsage(t *testing.T) {
+	dir := t.TempDir()
+	env := map[string]string{repositoryVariable: dir, keyVariable: filepath.Join(dir, "key")}
+	for _, c := range []struct {
+		args string
+		says string
+		env  map[string]string
+	}{
+		{"frobnicate", "unknown command", env},
+		{"list --frobnicate", "unknown flag", env},
+		{"list web", "one argument too many", env},
+		{"list --output yaml", "text or json", env},
+		{"list --progress loud", "auto, bar, plain or none", env},
+		{"list", "--repo", nil},
+		{"list --repo /srv", "--key", nil},
+		{"show", "IMAGE is missing", env},
+		{"show ../etc", "image name", env},
+		{"delete", "IMAGE is missing", env},
+		{"verify ..", "image name", env},
+		{"init", "would lie in the repository", env},
+		{"capture", "which machine", env},
+		{"capture web --guest db", "two machines", env},
+		{"capture web db", "one argument too many", env},
+		{"capture web --mode half", "auto, full or incremental", env},
+		{"capture web --mode full --parent web-1", "has no --parent", env},
+		{"capture web --compression lzma", "unknown compression", env},
+		{"capture web --budget 0s", "more than 0", env},
+		{"capture web --name Web", "image name", env},
+		{"capture web --monitor a --libvirt b", "two ways", env},
+		{"capture web --libvirt qemu+ssh://elsewhere/system", "on this host", env},
+		{"capture web --pid some", "invalid argument", env},
+		{"restore", "IMAGE is missing", env},
+		{"restore web-1", "which machine", env},
+		{"release", "which machine", env},
+	} {
+		t.Run(c.args, func(t *testing.T) {
+			stdout, stderr, exit := runWith(t, c.env, strings.Fields(c.args)...)
+			if exit != exitUsage || stdout != "" {
+				t.Errorf("exit code %d, want %d; standard output %q", exit, exitUsage, stdout)
+			}
+			if !strings.Contains(stderr, c.says) || !strings.Contains(stderr, "hint: ") {
+				t.Errorf("standard error:\n%swant %q and a hint", stderr, c.says)
+			}
+		})
+	}
+}
+
+func TestHelpIsNoFailure(t *testing.T) {
+	for _, args := range [][]string{{}, {"help"}, {"--help"}, {"capture", "--help"}, {"help", "restore"}} {
+		stdout, stderr, exit := runWith(t, nil, args...)
+		if exit != 0 || stderr != "" || !strings.Contains(stdout, "Usage:") {
+			t.Errorf("vmckpt %s: exit code %d, standard error %q", strings.Join(args, " "), exit, stderr)
+		}
+	}
+}
+
+func TestInit(t *testing.T) {
+	dir := t.TempDir()
+	s := &shell{t: t, repo: filepath.Join(dir, "one"), key: filepath.Join(dir, "key")}
+	got := runJSON[initJSON](s, 0, "init", "--encrypt")
+	want := initJSON{Repository: s.repo, KeyFile: s.key, KeyCreated: true, Encrypted: true}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("first (-want +got):\n%s", diff)
+	}
+	if info, err := os.Stat(s.key); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("key file: %v, %v", info, err)
+	}
+	failed := runJSON[struct{ Error failureJSON }](s, exitUsage, "init")
+	if failed.Error.Code != jobs.CodeExists {
+		t.Errorf("a second time: %+v", failed.Error)
+	}
+	s.repo = filepath.Join(dir, "two")
+	want = initJSON{Repository: s.repo, KeyFile: s.key, KeyCreated: false, Encrypted: true}
+	if diff := cmp.Diff(want, runJSON[initJSON](s, 0, "init")); diff != "" {
+		t.Errorf("another with the same key (-want +got):\n%s", diff)
+	}
+	s.repo = filepath.Join(dir, "three")
+	if err := os.Chmod(s.key, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	failed = runJSON[struct{ Error failureJSON }](s, exitUsage, "init")
+	if failed.Error.Code != jobs.CodeKey {
+		t.Errorf("with a key that others can read: %+v", failed.Error)
+	}
+	if _, err := os.Stat(s.repo); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a repository was made all the same: %v", err)
+	}
+}
+
+// TestNotThere asks for what does not exist: repository, key, image.
+func TestNotThere(t *testing.T) {
+	s := family(t)
+	for _, c := range []struct {
+		name string
+		s    shell
+		args []string
+	}{
+		{"image to show", *s, []string{"show", "web-9"}},
+		{"image to verify", *s, []string{"verify", "web-9"}},
+		{"image to delete", *s, []string{"delete", "web-9"}},
+		{"repository", shell{t, t.TempDir(), s.key}, []string{"list"}},
+		{"directory", shell{t, filepath.Join(t.TempDir(), "nowhere"), s.key}, []string{"list"}},
+		{"key", shell{t, s.repo, filepath.Join(t.TempDir(), "nowhere")}, []string{"list"}},
+		{"machine", *s, []string{"capture", "no-such-machine"}},
+		{"machine to release", *s, []string{"release", "no-such-machine"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.s.t = t
+			if _, stderr, exit := c.s.run(c.args...); exit != exitNotFound || !strings.Contains(stderr, "hint: ") {
+				t.Errorf("exit code %d, want %d; standard error:\n%s", exit, exitNotFound, stderr)
+			}
+		})
+	}
+}
+
+// shape is what a tree looks like in JSON.
+type shape struct {
+	Name, Kind, Parent string
+	ParentPresent      bool
+}
+
+func shapes(l listJSON) (all []shape) {
+	for _, i := range l.Images {
+		all = append(all, shape{i.Name, i.Kind, i.Parent, i.ParentPresent})
+	}
+	return all
+}
+
+func TestListJSON(t *testing.T) {
+	s := family(t)
+	want := []shape{
+		{"web-1", "base", "", false},
+		{"web-2", "increment", "web-1", true},
+		{"web-3", "increment", "web-2", true},
+		{"web-4", "increment", "web-3", true},
+		{"web-3b", "increment", "web-2", true},
+		{"db-1", "base", "", false},
+	}
+	got := runJSON[listJSON](s, 0, "list")
+	if diff := cmp.Diff(want, shapes(got)); diff != "" {
+		t.Errorf("images (-want +got):\n%s", diff)
+	}
+	first := got.Images[0]
+	if first.MemoryBytes != 1<<20+128<<10 || first.OwnBytes == 0 || first.TotalBytes != first.OwnBytes || first.Pages.Written != 40 ||
+		!first.Created.Equal(zeroTime) || first.Downtime != 6700000 || first.Digest == nil {
+		t.Errorf("web-1: %+v", first)
+	}
+	if second := got.Images[1]; second.Source != "page tables" || second.OwnBytes >= second.TotalBytes || second.Pages.Written != 4 {
+		t.Errorf("web-2: %+v", second)
+	}
+}
+
+// TestDelete takes an image out of the middle of a chain.
+func TestDelete(t *testing.T) {
+	s := family(t)
+	if diff := cmp.Diff("web-2 deleted\n", s.ok("delete", "web-2")); diff != "" {
+		t.Error(diff)
+	}
+	want := []shape{
+		{"web-1", "base", "", false},
+		{"web-3", "increment", "web-2", false},
+		{"web-4", "increment", "web-3", true},
+		{"web-3b", "increment", "web-2", false},
+		{"db-1", "base", "", false},
+	}
+	if diff := cmp.Diff(want, shapes(runJSON[listJSON](s, 0, "list"))); diff != "" {
+		t.Errorf("images (-want +got):\n%s", diff)
+	}
+	if got := runJSON[verifyJSON](s, 0, "verify"); !got.OK || len(got.Images) != 5 {
+		t.Errorf("verify afterwards: %+v", got)
+	}
+	// A new image of the old name is not the parent.
+	s.write("web-2", "", 6, 0, 3)
+	list := s.ok("list")
+	if !strings.Contains(list, "its parent web-2 is not here") {
+		t.Errorf("list with another web-2:\n%s", list)
+	}
+
+	got := runJSON[deleteJSON](s, exitNotFound, "delete", "web-9", "db-1")
+	if len(got.Images) != 2 || got.Images[0].Deleted || got.Images[0].Error.Code != jobs.CodeNotFound || !got.Images[1].Deleted {
+		t.Errorf("one that is not there and one that is: %+v", got)
+	}
+}
+
+func TestDamage(t *testing.T) {
+	s := family(t)
+	s.flip(s.file("web-4", "manifest.json"), 100)
+	s.flip(s.ownPages("web-3b"), 40)
+	if err := os.Truncate(s.file("db-1", "index"), 50); err != nil {
+		t.Fatal(err)
+	}
+
+	t.Run("verify", func(t *testing.T) {
+		got := runJSON[verifyJSON](s, exitDamaged, "verify")
+		bad := map[string]string{}
+		for _, v := range got.Images {
+			if v.OK != (v.Error == nil) {
+				t.Errorf("%+v", v)
+			}
+			if v.Error != nil {
+				if v.Error.Code != jobs.CodeDamaged || v.Error.Damage.Image != v.Name {
+					t.Errorf("%s: %+v", v.Name, v.Error)
+				}
+				file := v.Error.Damage.File
+				bad[v.Name] = file[strings.LastIndex(file, ".")+1:]
+			}
+		}
+		want := map[string]string{"web-4": "json", "web-3b": "pages", "db-1": "index"}
+		if diff := cmp.Diff(want, bad); diff != "" || got.OK || len(got.Images) != 6 {
+			t.Errorf("damaged (-want +got):\n%s", diff)
+		}
+	})
+	t.Run("verify in words", func(t *testing.T) {
+		stdout, stderr, exit := s.run("verify", "web-1", "db-1")
+		if exit != exitDamaged || !strings.Contains(stdout, "web-1  ok") || !strings.Contains(stdout, "db-1   BAD") ||
+			!strings.Contains(stderr, "hint: ") {
+			t.Errorf("exit code %d, standard output:\n%sstandard error:\n%s", exit, stdout, stderr)
+		}
+	})
+	t.Run("list", func(t *testing.T) {
+		got := runJSON[listJSON](s, 0, "list")
+		damaged := map[string]bool{}
+		for _, i := range got.Images {
+			if i.Error != nil {
+				damaged[i.Name] = i.Error.Code == jobs.CodeDamaged
+			}
+		}
+		// What lies in the pages alone, list does not look for.
+		if diff := cmp.Diff(map[string]bool{"web-4": true, "db-1": true}, damaged); diff != "" {
+			t.Errorf("damaged (-want +got):\n%s", diff)
+		}
+	})
+	t.Run("show", func(t *testing.T) {
+		if _, stderr, exit := s.run("show", "web-4"); exit != exitDamaged || !strings.Contains(stderr, "manifest.json") {
+			t.Errorf("exit code %d, standard error:\n%s", exit, stderr)
+		}
+	})
+	t.Run("delete", func(t *testing.T) { s.ok("delete", "web-4", "db-1", "web-3b"); s.ok("verify") })
+}
+
+func TestWrongKey(t *testing.T) {
+	s := family(t)
+	other := newShell(t)
+	s.key = other.key
+	for _, i := range runJSON[listJSON](s, 0, "list").Images {
+		if i.Kind != "unreadable" || i.Error.Code != jobs.CodeWrongKey {
+			t.Errorf("list: %+v", i)
+		}
+	}
+	for _, args := range [][]string{{"show", "web-1"}, {"verify"}, {"verify", "web-1"}} {
+		if _, stderr, exit := s.run(args...); exit != exitDamaged || !strings.Contains(stderr, "key") {
+			t.Errorf("%v: exit code %d, standard error:\n%s", args, exit, stderr)
+		}
+	}
+}
+
+func TestSweep(t *testing.T) {
+	s := family(t)
+	left := filepath.Join(s.repo, "tmp", "0123456789abcdef0123456789abcdef")
+	if err := os.Mkdir(left, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if got := runJSON[sweepJSON](s, 0, "sweep"); len(got.Removed) != 0 {
+		t.Errorf("what is young was removed: %v", got.Removed)
+	}
+	if got := runJSON[sweepJSON](s, 0, "sweep", "--older-than", "0s"); len(got.Removed) != 1 {
+		t.Errorf("removed: %v", got.Removed)
+	}
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("leftover: %v", err)
+	}
+}

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/restore"
+)
+
+// sweepJSON is the answer of sweep.
+type sweepJSON struct {
+	Repository string   `json:"repository"`
+	Removed    []string `json:"removed"`   // paths in the repository
+	Processes  int      `json:"processes"` // that are gone, and had records on this host
+}
+
+func (p *program) sweepCommand() *cobra.Command {
+	var olderThan time.Duration
+	var recordDir string
+	c := &cobra.Command{
+		Use:   "sweep",
+		Short: "Remove what captures left behind that were killed",
+		Long: `Sweep removes half-written images of captures that were killed, and this host's records of machines that have ended. Images of captures under
+way are never touched: each is locked by its writer. On volumes that several hosts write to and that do not carry locks from one to the other (some NFS
+mounts), the age is what keeps them apart: let it be longer than the longest capture.`,
+		Args: exactly(),
+		RunE: func(c *cobra.Command, _ []string) error { return p.sweep(c.Context(), olderThan, recordDir) },
+	}
+	p.repositoryFlags(c)
+	recordDirFlag(c, &recordDir)
+	c.Flags().DurationVar(&olderThan, "older-than", time.Hour, "leave alone what is younger")
+	return c
+}
+
+func (p *program) sweep(ctx context.Context, olderThan time.Duration, recordDir string) error {
+	repository, err := p.open()
+	if err != nil {
+		return err
+	}
+	defer repository.Close()
+	removed, err := repository.Sweep(ctx, olderThan)
+	if err != nil {
+		return err
+	}
+	records, err := dirty.Sweep(recordDir)
+	if err != nil {
+		return err
+	}
+	marks, err := restore.Sweep(recordDir)
+	if err != nil {
+		return err
+	}
+	answer := sweepJSON{Repository: p.repository, Removed: append([]string{}, removed...), Processes: max(records, marks)}
+	p.answer(answer, func() {
+		for _, path := range removed {
+			p.printf("%s removed\n", path)
+		}
+		if len(removed) == 0 {
+			p.printf("nothing is left behind that is older than %v\n", olderThan)
+		}
+	})
+	return nil
+}
