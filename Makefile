@@ -1,0 +1,76 @@
+# Targets with a comment of two number signs are listed by make help.
+
+# What hack/setup unpacks lies here; VMCKPT_CACHE puts it elsewhere.
+CACHE := $(abspath $(or $(VMCKPT_CACHE),.cache))
+export VMCKPT_CACHE := $(CACHE)
+
+# Where the system has no Go that can build this, hack/setup puts one there.
+export PATH := $(CACHE)/bin:$(PATH)
+
+# Single tests start a QEMU by these, where they do not go through test/machine.
+export VMCKPT_QEMU10 ?= $(wildcard $(CACHE)/qemu-10/qemu-system-x86_64)
+
+# All packages. PACKAGES=./image/... RUN=TestName narrow a run down.
+PACKAGES ?= ./...
+RUN ?=
+# Tests of real machines wait for guests much of the time, and measure little: two packages at once.
+TESTFLAGS ?= -timeout 24m -p 2
+SOAK_INSTANTS ?= 1000
+SOAK_REPEAT ?= 20
+FUZZTIME ?= 30s
+# BENCHFLAGS="-runs 5 -only increment,qemu -dir DIRECTORY -json FILE"; a whole run takes 4 minutes.
+BENCHFLAGS ?=
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## What can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install and unpack all that tests need (needs root; quiet when all is there)
+	@hack/setup test
+
+.PHONY: build
+build: ## bin/vmckpt, and every test's binary in bin/test
+	@hack/setup build
+	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
+	@mkdir -p bin/test
+	go test -c -o bin/test/ ./...
+
+.PHONY: check
+check: ## Formatting, vet, staticcheck, and vet for arm64
+	@hack/setup build
+	@unformatted=$$(gofmt -l $$(go list -f '{{.Dir}}' ./...)); \
+	if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi
+	go vet ./...
+	GOARCH=arm64 go vet ./...
+	go tool staticcheck ./...
+
+.PHONY: test
+test: setup ## All tests, on real machines too (under 25 minutes)
+	go run ./hack/gotest $(TESTFLAGS) $(if $(RUN),-run '$(RUN)') $(PACKAGES)
+
+.PHONY: soak
+soak: setup ## Thousands of random instants against the truth, faults many times over
+	go test -timeout 0 ./test/truth -instants $(SOAK_INSTANTS)
+	go test -timeout 0 ./test/faults -repeat $(SOAK_REPEAT)
+
+.PHONY: bench
+bench: setup ## What it costs, beside QEMU's own ways
+	go run ./test/bench $(BENCHFLAGS)
+
+.PHONY: demo
+demo: ## A real Debian guest captured while it works, killed, restored, going on
+	@hack/setup demo
+	@CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
+	@go run ./hack/demo
+
+.PHONY: fuzz
+fuzz: ## Each fuzz target for FUZZTIME (30s)
+	@hack/setup build
+	@hack/fuzz $(FUZZTIME)
+
+.PHONY: clean
+clean: ## Remove what was built; what hack/setup downloaded stays in .cache
+	rm -rf bin $(CACHE)/guest
