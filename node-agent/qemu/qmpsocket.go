@@ -46,6 +46,9 @@ type qmpMessage struct {
 	} `json:"timestamp"`
 }
 
+// known reports whether m is an answer, an error or an event.
+func (m *qmpMessage) known() bool { return m.Return != nil || m.Error != nil || m.Event != "" }
+
 type qmpErrorBody struct {
 	Class string `json:"class"`
 	Desc  string `json:"desc"`
@@ -152,11 +155,16 @@ func newSocketMonitor(ctx context.Context, conn net.Conn, firstID uint64) (*sock
 	return m, nil
 }
 
+// maxEarlierMessages bounds what may come before the greeting. QEMU's main thread may be answering a client that is gone, or telling it an
+// event, just when its I/O thread has taken the next one: that message then goes to the new client, before the greeting.
+const maxEarlierMessages = 64
+
 // read dispatches messages until the connection ends.
 func (m *socketMonitor) read(greeted chan<- struct{}) {
 	in := &boundedReader{r: m.conn, left: MaxMessageBytes}
 	dec := json.NewDecoder(in)
-	for first := true; ; first = false {
+	earlier := 0 // messages before the greeting
+	for hasGreeted := false; ; {
 		in.left = MaxMessageBytes
 		var msg qmpMessage
 		if err := dec.Decode(&msg); err != nil {
@@ -167,12 +175,14 @@ func (m *socketMonitor) read(greeted chan<- struct{}) {
 			return
 		}
 		switch {
-		case first:
-			if msg.Greeting == nil {
+		case msg.Greeting != nil && !hasGreeted:
+			hasGreeted = true
+			close(greeted)
+		case !hasGreeted:
+			if earlier++; !msg.known() || earlier > maxEarlierMessages {
 				m.fail(errors.New("the peer does not greet as QMP does"))
 				return
 			}
-			close(greeted)
 		case msg.Event != "":
 			m.hub.publish(Event{
 				Name: msg.Event,

@@ -216,7 +216,8 @@ func TestGreeting(t *testing.T) {
 	for name, c := range map[string]struct{ say, want string }{
 		"none":                {"", "is another client connected?"},
 		"another protocol":    {"SSH-2.0-OpenSSH_9.2\r\n", "invalid character"},
-		"JSON of other kinds": {`{"return": {}}`, "does not greet as QMP does"},
+		"JSON of other kinds": {`{"jsonrpc": "2.0"}`, "does not greet as QMP does"},
+		"answers without end": {strings.Repeat(`{"return": {}}`+"\r\n", maxEarlierMessages+1), "does not greet as QMP does"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ours, theirs := net.Pipe()
@@ -229,6 +230,27 @@ func TestGreeting(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestMessagesBeforeGreeting: what was meant for a client that is gone is no answer to this one.
+func TestMessagesBeforeGreeting(t *testing.T) {
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	q := &fakeQEMU{theirs, bufio.NewScanner(theirs)}
+	go func() {
+		q.say(`{"error": {"class": "GenericError", "desc": "saving Xen device state failed"}, "id": 0}`)
+		q.say(`{"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 2}}`)
+		q.say(`{"return": {}, "id": 7}`)
+		io.WriteString(theirs, greeting)
+		if q.lines.Scan() {
+			q.say(`{"return": {}, "id": 0}`)
+		}
+	}()
+	m, err := newSocketMonitor(t.Context(), ours, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Close()
 }
 
 // replay is a connection whose other end has said all it will say.
