@@ -208,7 +208,7 @@ func TestKilledInjecting(t *testing.T) {
 		t.Run(victim, func(t *testing.T) {
 			b.T = t
 			met := 0
-			for i := range 6 * *repeat {
+			for i := range 3 * *repeat {
 				// Where nothing is known of the machine all that is needed in QEMU is made anew.
 				b.RecordDir = t.TempDir()
 				request := doomed{Options: b.Options(), Join: f.join()}
