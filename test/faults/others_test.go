@@ -2,6 +2,7 @@ package faults
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -30,7 +31,8 @@ func managed(t *testing.T) other {
 	m := l.Start(t, machine.Options{QEMU: machine.V10, MemoryBytes: 128 * machine.MiB, Guest: machine.Linux{
 		Loads: []machine.Load{machine.Counter, machine.Stress}, BufferMiB: 1, StressPercent: 5, Step: 20 * time.Millisecond,
 	}})
-	return other{truth.NewBenchOf(t, m), func(context.Context) error { return l.Resume(m.Domain) }, func(t *testing.T) *machine.Machine {
+	resume := func(ctx context.Context) error { return errors.Join(l.Resume(m.Domain), m.Continue(ctx)) }
+	return other{truth.NewBenchOf(t, m), resume, func(t *testing.T) *machine.Machine {
 		if err := m.Kill(); err != nil { // the daemon knows one domain of a name
 			t.Fatal(err)
 		}

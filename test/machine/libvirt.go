@@ -201,13 +201,19 @@ func (l *Libvirt) Launch(ctx context.Context, o Options) (_ *Machine, err error)
 	return m, nil
 }
 
-// Resume has the daemon resume a machine, as whoever manages domains does: the daemon goes by its own idea of the machine's state.
+// Resume has the daemon resume a machine, as whoever manages domains does: the daemon goes by its own idea of the machine's state, and
+// leaves one that it takes to be running.
 func (l *Libvirt) Resume(name string) error {
 	domain, err := l.rpc.DomainLookupByName(name)
 	if err != nil {
 		return err
 	}
-	return l.rpc.DomainResume(domain)
+	var refused libvirt.Error
+	err = l.rpc.DomainResume(domain)
+	if errors.As(err, &refused) && refused.Code == uint32(libvirt.ErrOperationInvalid) {
+		return nil
+	}
+	return err
 }
 
 // chownAll gives a directory and the files in it to the daemon's user.
