@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -168,21 +167,33 @@ func TestCancelled(t *testing.T) {
 	b := truth.NewBench(t, options())
 	b.Capture(t.Context(), b.Options())
 	for _, step := range capture.Steps {
-		if slices.Contains(early, step) {
-			continue
-		}
 		t.Run(string(step), func(t *testing.T) {
+			b.T = t
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			o := b.Options()
+			o := through(b, step)
+			came := false
 			o.Hooks.Step = func(at capture.Step) {
 				if at == step {
+					came = true
 					cancel()
 				}
 			}
-			_, err := capture.Run(ctx, b.Target, b.Repository, o)
-			if err != nil && !errors.Is(err, context.Canceled) {
+			result, err := capture.Run(ctx, b.Target, b.Repository, o)
+			switch {
+			case !came:
+				t.Errorf("the step %q never came", step)
+			case err == nil && before(step, capture.StepReleased):
+				t.Error("a checkpoint that nobody wanted any more")
+			case err != nil && !errors.Is(err, context.Canceled):
 				t.Errorf("error %v", err)
+			case err == nil:
+				img, err := b.Repository.Open(t.Context(), o.Name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer img.Close()
+				b.Judge(t.Context(), result, img)
 			}
 			sound(t, b)
 		})
