@@ -27,7 +27,7 @@ type capture struct {
 	target Target
 	repo   *image.Repository
 	o      Options
-	result Result
+	result *Result
 	report *reporter
 
 	running bool // the machine ran when the checkpoint began, and is to run afterwards
@@ -65,27 +65,39 @@ func Run(ctx context.Context, target Target, repo *image.Repository, o Options) 
 			err = fmt.Errorf("capture %v: %w", target.Process, err)
 		}
 	}()
-	c := &capture{target: target, repo: repo, o: o.withDefaults()}
-	c.result = Result{Image: o.Name, Began: time.Now()}
-	if err := image.CheckName(o.Name); err != nil {
-		return nil, err
+	o = o.withDefaults()
+	result := Result{Image: o.Name, Began: time.Now()}
+	err = once(ctx, target, repo, o, &result)
+	// Some damage to the parent shows only when a page is compared with it. A new base needs nothing of it.
+	if parent := new(image.ParentError); errors.As(err, &parent) && o.Mode == Auto && result.Parent != "" && ctx.Err() == nil {
+		o.Mode = Full
+		result = Result{Image: o.Name, Began: result.Began, Pauses: result.Pauses, Downtime: result.Downtime, Why: "a base: " + parent.Error()}
+		err = once(ctx, target, repo, o, &result)
 	}
-	c.report = newReporter(c.o.Progress)
-	defer c.report.stop()
-	c.o.step(StepBegun)
-	if err := c.prepare(ctx); err != nil {
-		c.close()
-		return nil, err
-	}
-	defer c.close()
-	instant, stream, err := c.take(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := c.seal(ctx, instant, stream); err != nil {
-		return nil, err
+	return &result, nil
+}
+
+// once takes a checkpoint in the mode it is asked for, and adds to the result.
+func once(ctx context.Context, target Target, repo *image.Repository, o Options, result *Result) error {
+	c := &capture{target: target, repo: repo, o: o, result: result}
+	if err := image.CheckName(o.Name); err != nil {
+		return err
 	}
-	return &c.result, nil
+	c.report = newReporter(c.o.Progress)
+	defer c.report.stop()
+	defer c.close()
+	c.o.step(StepBegun)
+	if err := c.prepare(ctx); err != nil {
+		return err
+	}
+	instant, stream, err := c.take(ctx)
+	if err != nil {
+		return err
+	}
+	return c.seal(ctx, instant, stream)
 }
 
 // prepare refuses what cannot be captured, and opens all that the checkpoint works with. The guest notices nothing of it, but for one

@@ -34,8 +34,8 @@ type Options struct {
 	Parent string
 
 	// VerifyParent has every byte of the parent checked before an increment is made on it; one that is damaged means a base. It reads
-	// the whole chain's data. Without it the parent's manifest, index and file sizes are checked, and damage within its pages is found by
-	// verifying or restoring.
+	// the whole chain's data. Without it damage is found in the parent's manifest and index, in the sizes of its files, and in the hashes
+	// that pages are compared with; damage within its pages is found by verifying or restoring.
 	VerifyParent bool
 
 	// RecordDir is where the node keeps session records; default [DefaultRecordDir]. It must not outlive the boot.
