@@ -169,24 +169,23 @@ func FuzzIndex(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		hasher := newTagHasher(keys)
-		content := s.fileHeader(hasher, ID{2})
+		content := s.fileHeader(ID{2})
 		seal := func(kind recordKind, payload []byte) int64 {
 			at := int64(len(content))
 			record := make([]byte, recordHeaderBytes)
 			recordHeader{kind: kind, raw: uint32(len(payload)), stored: uint32(len(payload))}.encode(record)
 			record = append(append(record, payload...), make([]byte, tagBytes)...)
-			s.seal(hasher, record, at)
+			s.seal(record, at)
 			content = append(content, record...)
 			return at
 		}
 		seal(segmentRecord, segment)
 		at := seal(directoryRecord, directory)
-		x, err := openIndex(newRecordReader(keys), newBytesFile(s, content), at, fuzzBlocks, fuzzData)
+		x, err := openIndex(new(recordReader), newBytesFile(s, content), at, fuzzBlocks, fuzzData)
 		if err != nil {
 			return
 		}
-		c := x.cursor(keys)
+		c := x.cursor()
 		c.find(0, 5)
 		c.find(3, 0)
 		all := c.all()
@@ -205,8 +204,8 @@ func FuzzRecord(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		file, reader := newBytesFile(s, content), newRecordReader(keys)
-		if file.checkHeader(reader.hasher, ID{2}) == nil {
+		file, reader := newBytesFile(s, content), new(recordReader)
+		if file.checkHeader(ID{2}) == nil {
 			t.Fatal("a file header that nobody wrote")
 		}
 		if len(content) < fileHeaderBytes+recordHeaderBytes {
@@ -238,13 +237,13 @@ func FuzzFrame(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		reader := newRecordReader(keys)
+		reader := new(recordReader)
 		defer reader.close()
-		content := s.fileHeader(reader.hasher, ID{2})
+		content := s.fileHeader(ID{2})
 		record := make([]byte, recordHeaderBytes)
 		recordHeader{kind: frameRecord, compression: Compression(how), items: items, raw: raw, stored: uint32(len(payload))}.encode(record)
 		record = append(append(record, payload...), make([]byte, tagBytes)...)
-		s.seal(reader.hasher, record, fileHeaderBytes)
+		s.seal(record, fileHeaderBytes)
 		file := newBytesFile(s, append(content, record...))
 
 		frames := &frameReader{reader: reader, file: func(uint32) (*sealedFile, error) { return file, nil }}

@@ -56,7 +56,7 @@ func (o *opener) file(root *os.Root, prefix, name string, kind fileKind, n ID, s
 	if info.Size() != size {
 		err = file.damage(min(size, info.Size()), "the file has %d bytes, not %d", info.Size(), size)
 	} else {
-		err = file.checkHeader(newTagHasher(o.keys), o.repository)
+		err = file.checkHeader(o.repository)
 	}
 	if err != nil {
 		f.Close()
@@ -107,7 +107,7 @@ func (r *Repository) open(dir *os.Root, name string) (*Image, error) {
 	keys := r.keys
 	i := &Image{repository: r, keys: &keys, manifest: *m, digest: digest, dir: dir,
 		data: make([]*sealedFile, len(m.Data)), hashes: make([]*sealedFile, len(m.Data))}
-	reader := newRecordReader(&keys)
+	reader := new(recordReader)
 	defer reader.close()
 	i.files = opener{keys: &keys, repository: r.id, image: name, encrypted: m.Encrypted()}
 	// A look at the sizes finds most of what a broken copy does to an image, at once and for nothing.
@@ -199,7 +199,7 @@ func (i *Image) DeviceState(ctx context.Context) ([]byte, error) {
 		return nil, err
 	}
 	defer f.file.Close()
-	reader := newRecordReader(i.keys)
+	reader := new(recordReader)
 	defer reader.close()
 	_, raw, err := reader.readRaw(f, stateRecord, fileHeaderBytes, f.size-fileHeaderBytes, maxRawBytes)
 	return raw, err
@@ -213,7 +213,7 @@ func (i *Image) Extents(block int) iter.Seq2[Extent, error] {
 			yield(Extent{}, fmt.Errorf("image %s: no block %d", i.manifest.Name, block))
 			return
 		}
-		c := i.index.cursor(i.keys)
+		c := i.index.cursor()
 		defer c.reader.close()
 		for page := uint64(0); page < i.manifest.Blocks[block].pages(); {
 			e, err := c.find(uint32(block), page)
@@ -235,7 +235,7 @@ func (i *Image) ReadPage(block int, page uint64, dst []byte) error {
 	if block < 0 || block >= len(blocks) || page >= blocks[block].pages() || len(dst) != pageset.PageBytes {
 		return fmt.Errorf("image %s: no page %#x of block %d, or no room for one in %d bytes", i.manifest.Name, page, block, len(dst))
 	}
-	c := i.index.cursor(i.keys)
+	c := i.index.cursor()
 	defer c.reader.close()
 	e, err := c.find(uint32(block), page)
 	if err != nil {

@@ -43,7 +43,8 @@ type BlockInfo struct {
 
 func (b BlockInfo) pages() uint64 { return b.Bytes / pageset.PageBytes }
 
-// Digest is BLAKE3-256 of the bytes of a file.
+// Digest is 256 bits that stand for the bytes of a file: of a manifest BLAKE3, of all other files HighwayHash-256 under the repository's
+// key for it, which costs a third of it where every byte goes through.
 type Digest [32]byte
 
 func (d Digest) String() string { return hex.EncodeToString(d[:]) }
@@ -63,7 +64,7 @@ func (d *Digest) UnmarshalText(text []byte) error {
 // FileInfo is what a manifest says of a file.
 type FileInfo struct {
 	Bytes  int64  `json:"bytes"`
-	Digest Digest `json:"blake3"`
+	Digest Digest `json:"digest"`
 }
 
 // DataFile is a file of page frames and the file of its pages' hashes. In an image's directory their names are the ID

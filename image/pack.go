@@ -5,8 +5,6 @@ import (
 	"encoding/binary"
 	"slices"
 
-	"github.com/zeebo/blake3"
-
 	"github.com/vmckpt/vmckpt/image/pageset"
 )
 
@@ -25,7 +23,6 @@ const packedBytes = BatchBytes + BatchPages*recordOverhead + frameRawBytes/4
 type packer struct {
 	*Writer
 	comp   *compressor
-	tagger *blake3.Hasher
 	parent *parentReader // nil: a base
 
 	// Of the batch at hand.
@@ -40,7 +37,7 @@ func newPacker(w *Writer) (*packer, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &packer{Writer: w, comp: comp, tagger: newTagHasher(&w.repository.keys)}
+	p := &packer{Writer: w, comp: comp}
 	if w.parent != nil {
 		p.parent = w.parent.reader()
 	}
@@ -174,7 +171,7 @@ func (p *packer) place(out *packed, block uint32) {
 		h := decodeRecordHeader(record)
 		h.number, h.first = number, ordinal
 		h.encode(record)
-		p.dataSealer.seal(p.tagger, record[:size], offset)
+		p.dataSealer.seal(record[:size], offset)
 
 		f := frame{file: ownFile, pages: h.items, stored: h.stored, offset: offset, ordinal: ordinal}
 		for slot, page := range pages[:h.items] {

@@ -8,8 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"slices"
-
-	"github.com/zeebo/blake3"
 )
 
 // parent is what a writer keeps of the image it makes an increment on: its index, and its data files, every one of which is
@@ -136,7 +134,7 @@ func (p *parent) damaged(err error) error {
 func (p *parent) openFiles(ctx context.Context) error {
 	r := p.writer.repository
 	keys := &r.keys
-	reader := newRecordReader(keys)
+	reader := new(recordReader)
 	defer reader.close()
 	from := opener{keys: keys, repository: r.id, image: p.info.Name, encrypted: p.manifest.Encrypted(), reader: reader}
 	var err error
@@ -160,7 +158,7 @@ func (p *parent) openFiles(ctx context.Context) error {
 			pages.file.Close() // it was the header that mattered
 		}
 	}
-	c := p.index.cursor(keys)
+	c := p.index.cursor()
 	defer c.reader.close()
 	all := c.all()
 	for ok := true; ok; {
@@ -205,8 +203,7 @@ type parentReader struct {
 }
 
 func (p *parent) reader() *parentReader {
-	keys := &p.writer.repository.keys
-	return &parentReader{parent: p, cursor: p.index.cursor(keys), hashes: hashLookup{reader: newRecordReader(keys)}}
+	return &parentReader{parent: p, cursor: p.index.cursor(), hashes: hashLookup{reader: new(recordReader)}}
 }
 
 // has reports whether the page is in the parent what it is now: the uniform word, if it is uniform, else a page of that
@@ -247,7 +244,7 @@ func (p *parent) copyFrame(f *parentFile, at frame) error {
 	w := p.writer
 	r := w.repository
 	if f.copy == nil {
-		c := &frameCopy{from: f, reader: newRecordReader(&r.keys), hashesCopied: map[uint64]bool{}}
+		c := &frameCopy{from: f, reader: new(recordReader), hashesCopied: map[uint64]bool{}}
 		f.copy = c
 		for _, one := range []struct {
 			to   *diskFile
@@ -258,7 +255,7 @@ func (p *parent) copyFrame(f *parentFile, at frame) error {
 				return fmt.Errorf("create a copy of %s: %w", one.from.name, err)
 			}
 			*one.to = file
-			if err := writeAt(file, one.from, one.from.fileHeader(c.reader.hasher, r.id), 0); err != nil {
+			if err := writeAt(file, one.from, one.from.fileHeader(r.id), 0); err != nil {
 				return err
 			}
 			if err := file.Truncate(one.from.size); err != nil {
@@ -302,7 +299,7 @@ func (c *frameCopy) copy(to diskFile, from *sealedFile, kind recordKind, offset,
 		return err
 	}
 	record := c.reader.buf[:length]
-	from.seal(c.reader.hasher, record, offset)
+	from.seal(record, offset)
 	return writeAt(to, from, record, offset)
 }
 
@@ -328,14 +325,14 @@ func (c *frameCopy) finish(w *Writer) (pages, hashes FileInfo, err error) {
 		if err != nil {
 			return pages, hashes, fmt.Errorf("open a copy of %s: %w", one.from.name, err)
 		}
-		digest := blake3.New()
+		digest := w.repository.keys.newFileDigest()
 		_, err = io.Copy(digest, io.LimitReader(f, info.Size()))
 		f.Close()
 		if err != nil {
 			return pages, hashes, fmt.Errorf("read a copy of %s: %w", one.from.name, err)
 		}
 		one.info.Bytes = info.Size()
-		digest.Digest().Read(one.info.Digest[:])
+		digest.Sum(one.info.Digest[:0])
 	}
 	return pages, hashes, nil
 }

@@ -43,10 +43,9 @@ func (w *Writer) rewrite(ctx context.Context) error {
 	if w.parent == nil || !w.parent.rewrites() {
 		return nil
 	}
-	keys := &w.repository.keys
-	c := w.parent.index.cursor(keys)
+	c := w.parent.index.cursor()
 	defer c.reader.close()
-	frames := &frameReader{reader: newRecordReader(keys), file: func(n uint32) (*sealedFile, error) { return w.parent.files[n].pageFile, nil }}
+	frames := &frameReader{reader: new(recordReader), file: func(n uint32) (*sealedFile, error) { return w.parent.files[n].pageFile, nil }}
 	defer frames.close()
 	raw := make([]byte, frameRawBytes)
 	var (

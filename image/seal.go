@@ -126,7 +126,7 @@ func (w *Writer) writeIndex(ctx context.Context, m *Manifest, own DataFile) erro
 	}
 	var inherit source
 	if w.parent != nil {
-		inherit = w.parent.index.cursor(&r.keys).all()
+		inherit = w.parent.index.cursor().all()
 	}
 	renumber := w.renumber(m, own)
 	counts := &m.Pages

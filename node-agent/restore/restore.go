@@ -68,7 +68,7 @@ func (r *restore) readImage(ctx context.Context) (err error) {
 	defer r.phase("read")()
 	if !r.o.SkipVerify {
 		r.report.phase("verifying", 0)
-		if err := r.image.Verify(ctx, r.report.reach); err != nil {
+		if err := r.image.VerifyFiles(ctx, r.report.reach); err != nil {
 			return err
 		}
 	}
