@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 )
 
@@ -38,7 +39,7 @@ type Options struct {
 	// verifying or restoring.
 	VerifyParent bool
 
-	// RecordDir is where the node keeps session records; default [DefaultRecordDir]. It must not outlive the boot.
+	// RecordDir is where the node keeps session records; default [dirty.DefaultRecordDir]. It must not outlive the boot.
 	RecordDir string
 
 	// ResidueBudget is how long copying in the hold may take; default 5 ms, which is worth a page a microsecond. Where more is
@@ -68,9 +69,6 @@ type Options struct {
 	// Hooks are for tests.
 	Hooks Hooks `json:"-"`
 }
-
-// DefaultRecordDir is where session records are kept: gone after a boot, like the processes they are about.
-const DefaultRecordDir = "/run/vmckpt"
 
 // Hooks let a test look and interfere. Each may be nil.
 type Hooks struct {
@@ -117,7 +115,7 @@ func (o Options) withDefaults() Options {
 		o.Mode = Auto
 	}
 	if o.RecordDir == "" {
-		o.RecordDir = DefaultRecordDir
+		o.RecordDir = dirty.DefaultRecordDir
 	}
 	if o.ResidueBudget == 0 {
 		o.ResidueBudget = 5 * time.Millisecond
