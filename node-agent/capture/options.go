@@ -85,7 +85,7 @@ type Hooks struct {
 // Step names a point in the course of a checkpoint.
 type Step string
 
-// The steps, in order. Those from Tracked to Copied come once a round.
+// The steps, in order. Those from Harvested to Copied come once a round.
 const (
 	StepBegun       Step = "begun"        // nothing was touched yet
 	StepInvalidated Step = "invalidated"  // the session record is invalid, and synced so
