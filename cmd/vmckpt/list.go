@@ -131,7 +131,11 @@ func (p *program) printList(lines []line) {
 			sizeText(m.OwnBytes()), pause, note})
 	}
 	p.table(rows)
-	p.printf("\n%s, %s of their own\n", plural(len(lines), "image"), sizeText(own))
+	whose := "their"
+	if len(lines) == 1 {
+		whose = "its"
+	}
+	p.printf("\n%s, %s of %s own\n", plural(len(lines), "image"), sizeText(own), whose)
 	if bad > 0 {
 		p.printf("%s cannot be restored\n", plural(bad, "image"))
 	}

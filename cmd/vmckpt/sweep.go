@@ -62,10 +62,10 @@ func (p *program) sweep(ctx context.Context, olderThan time.Duration, recordDir 
 			p.printf("%s removed\n", path)
 		}
 		if len(removed) == 0 {
-			p.printf("nothing is left behind that is older than %s\n", spanText(olderThan))
+			p.printf("nothing half-written is left behind that is older than %s\n", spanText(olderThan))
 		}
 		if answer.Processes > 0 {
-			p.printf("records of %s that ended removed\n", plural(answer.Processes, "machine"))
+			p.printf("records of machines that have ended removed: %d\n", answer.Processes)
 		}
 	})
 	return nil
