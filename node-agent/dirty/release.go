@@ -61,12 +61,6 @@ func Release(ctx context.Context, p Process, recordDir string) (err error) {
 	return errors.Join(failed...)
 }
 
-// Release ends the session and takes tracking out of the process.
-func (s *Session) Release(ctx context.Context) error {
-	p, recordDir := s.process, s.dir.Name()
-	return errors.Join(s.Close(), Release(ctx, p, recordDir))
-}
-
 // takeOut unregisters all that a userfaultfd in the process has, in steps, and closes it there.
 func takeOut(ctx context.Context, pid int, file inject.RemoteFile) error {
 	local, err := file.Duplicate(pid)

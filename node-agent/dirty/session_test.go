@@ -391,7 +391,8 @@ func TestRelease(t *testing.T) {
 	if got, err := s.Image(); err != nil || got != image {
 		t.Errorf("image: %v, %v", got, err)
 	}
-	if err := s.Release(t.Context()); err != nil {
+	s.Close()
+	if err := Release(t.Context(), c.process(), dir); err != nil {
 		t.Fatal(err)
 	}
 	mappings, err := pagetable.Mappings(c.pid())

@@ -193,7 +193,7 @@ func TestRefusals(t *testing.T) {
 		mode    string
 		prepare func(t *testing.T, c *child)
 		want    error
-		before  bool // Preflight sees it as well
+		before  bool // preflight sees it as well
 	}{
 		{"not in ppoll", childSleeps, func(*testing.T, *child) {}, ErrBusy, false},
 		{"traced", childForever, trace, ErrTraced, true},
@@ -213,7 +213,7 @@ func TestRefusals(t *testing.T) {
 			if _, err := NewPipe(ctx, c.pid()); !errors.Is(err, tc.want) {
 				t.Errorf("got %v, want %v", err, tc.want)
 			}
-			if err := Preflight(c.pid()); errors.Is(err, tc.want) != tc.before || err != nil != tc.before {
+			if err := preflight(c.pid()); errors.Is(err, tc.want) != tc.before || err != nil != tc.before {
 				t.Errorf("preflight: %v", err)
 			}
 		})
