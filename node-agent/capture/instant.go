@@ -26,7 +26,7 @@ const slowCopyTime = 8 * time.Microsecond
 // counts, and what it harvested is pending.
 func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 	c.report.phase("instant", 0)
-	if err := settleDisks(ctx, c.target.Monitor); err != nil {
+	if err := settleDisks(ctx, c.target.Process, c.target.Monitor); err != nil {
 		return nil, nil, err
 	}
 	if err := c.fillPool(ctx); err != nil {

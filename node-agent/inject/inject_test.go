@@ -470,3 +470,35 @@ func median(d []time.Duration) time.Duration {
 	slices.Sort(d)
 	return d[len(d)/2]
 }
+
+func TestOpenForWriting(t *testing.T) {
+	dir := t.TempDir()
+	written, err := os.Create(dir + "/written")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer written.Close()
+	read, err := os.Open(dir + "/written")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	files, err := OpenForWriting(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, f := range files {
+		name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+		if err != nil {
+			t.Error(err)
+		}
+		if strings.HasPrefix(name, dir) {
+			names = append(names, name)
+		}
+		f.Close()
+	}
+	if len(names) != 1 || names[0] != written.Name() {
+		t.Errorf("open for writing in %s: %v", dir, names)
+	}
+}

@@ -203,3 +203,18 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+func TestHasNestedGuests(t *testing.T) {
+	const name = "cpu/kvm_nested_state"
+	processor := func(state string) []byte { return []byte("before" + state + "after") }
+	for state, want := range map[string]bool{
+		"\x05" + string(rune(len(name))) + name + "\x00\x00\x00\x01": true,
+		"\x05\x10cpu/nested_state":                                   false, // of another accelerator's, or a name that only looks like it
+		name:                                                         false,
+		"":                                                           false,
+	} {
+		if got := HasNestedGuests(processor(state)); got != want {
+			t.Errorf("%q: %v, want %v", state, got, want)
+		}
+	}
+}
