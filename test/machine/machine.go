@@ -24,6 +24,9 @@ type Machine struct {
 	// Socket is what the product may connect to: a QMP socket, or libvirt's where libvirt started the machine.
 	Socket string
 
+	// Domain is what libvirt knows the machine by; "" where it was started without.
+	Domain string
+
 	options Options
 	dir     string
 	process *process
@@ -105,7 +108,7 @@ func Launch(ctx context.Context, o Options) (_ *Machine, err error) {
 			err = fmt.Errorf("start machine %s: %w", o.Name, err)
 		}
 	}()
-	if err := usableAccel(o.Accel); err != nil {
+	if err := UsableAccel(o.Accel); err != nil {
 		return nil, err
 	}
 	binary, err := FindQEMU(ctx, o.QEMU)
@@ -177,6 +180,14 @@ func (m *Machine) await(ctx context.Context, dial func(context.Context) (qemu.Mo
 		return nil
 	}
 	return m.Ready(ctx)
+}
+
+// Dial connects to the machine the product's way: to its QMP socket, which takes one client at a time, or through libvirt.
+func (m *Machine) Dial(ctx context.Context) (qemu.Monitor, error) {
+	if m.Domain != "" {
+		return qemu.DialLibvirt(ctx, m.Socket, m.Domain)
+	}
+	return qemu.DialUnix(ctx, m.Socket)
 }
 
 // Ready waits until the guest is at work: it said so on its serial console.

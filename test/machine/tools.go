@@ -58,8 +58,8 @@ func FindQEMU(ctx context.Context, v Version) (string, error) {
 	return "", &Unavailable{fmt.Sprintf("QEMU %s (hack/setup gets 7.2 on Debian 12, and 10 everywhere)", v)}
 }
 
-// usableAccel returns *Unavailable where the accelerator cannot be used.
-func usableAccel(a Accel) error {
+// UsableAccel returns *Unavailable where the accelerator cannot be used.
+func UsableAccel(a Accel) error {
 	if a != KVM {
 		return nil
 	}
