@@ -1,9 +1,3 @@
-// Demo shows what VMckpt does, on a real guest: Debian's cloud kernel, run by libvirt as KubeVirt's virt-launcher runs it, is
-// captured while it works, killed, restored from two of its images, and rolled back in place. It runs the same commands that a user would,
-// and asks the guest each time whether it is where it was: the guest counts, and each count rewrites a part of a buffer whose hash
-// follows from the count.
-//
-// It ends with 0 if all held.
 package main
 
 import (
