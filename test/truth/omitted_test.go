@@ -20,7 +20,9 @@ import (
 func (b *bench) omit(victims ...uint64) {
 	b.t.Helper()
 	ctx := b.t.Context()
-	page := func(number uint64) []byte { return b.Oracle.Memory("pc.ram")[number*pageset.PageBytes:][:pageset.PageBytes] }
+	page := func(number uint64) []byte {
+		return b.Oracle.Memory("pc.ram")[number*pageset.PageBytes:][:pageset.PageBytes]
+	}
 	before := make(map[uint64][]byte)
 	for _, number := range victims {
 		before[number] = slices.Clone(page(number))

@@ -114,7 +114,7 @@ const (
 	anotherRecord      // another place for session records: nothing is known of what was written
 	anotherParent      // a parent at random, mostly not the last image
 
-	kinds     // how many there are
+	kinds          // how many there are
 	kindEvery = 15 // one of each kind comes in so many checkpoints
 )
 
