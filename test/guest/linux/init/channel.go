@@ -58,7 +58,7 @@ func (g *guest) serveChannel() error {
 			writeNew(area[:mib<<20], generation)
 			answer = "done " + argument
 		case "state":
-			if state := currentState.Load(); state != nil {
+			if state := g.counted.Load(); state != nil {
 				answer = state.String()
 			} else {
 				answer = "error: not counting"
