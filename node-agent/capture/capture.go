@@ -53,6 +53,7 @@ type capture struct {
 	pipe        inject.RemoteFile
 	streamBytes uint64
 	sections    []devstate.Section
+	unanswered  bool // a command that writes into the pipe may still come to QEMU
 }
 
 // Run takes a checkpoint of the target and seals it as an image in the repository. Whatever the error, the machine goes on as before,
@@ -180,18 +181,24 @@ func (c *capture) checkMigration(ctx context.Context) error {
 func (c *capture) prepareLeash(ctx context.Context) (err error) {
 	pid := c.target.Process.PID
 	if old := c.session.Leash(); old != nil {
-		// After a checkpoint that came to its end nothing can be left in that pipe, nor be on its way into it. After any other, a
-		// command of then may still wait in libvirt. It must not find a reader; nor may its descriptor's number become another file's,
-		// a disk's perhaps, which that command would open and overwrite. So the old pipe stays as it is: who writes to it gets EPIPE.
-		if _, err := c.session.Image(); err == nil && len(old.Sections) != 0 && old.Pipe.Check(pid) == nil {
-			c.pipe, c.streamBytes = old.Pipe, uint64(old.StreamBytes)
-			return json.Unmarshal(old.Sections, &c.sections)
+		// After a checkpoint that was killed, a command of then may still wait in libvirt. It must not find a reader; nor may its
+		// descriptor's number become another file's, a disk's perhaps, which that command would open and overwrite. So such a pipe stays as
+		// it is: who writes to it gets EPIPE. After any other, nothing can be on its way into it.
+		if old.Idle && old.Pipe.Check(pid) == nil {
+			c.pipe = old.Pipe
+			if len(old.Sections) != 0 { // else nobody has seen a device state since: a barrier will
+				c.streamBytes = uint64(old.StreamBytes)
+				if err := json.Unmarshal(old.Sections, &c.sections); err != nil {
+					return fmt.Errorf("the device sections of the session record: %w", err)
+				}
+			}
+			return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe})
 		}
 	}
 	if c.pipe, err = inject.NewPipe(ctx, pid); err != nil {
 		return fmt.Errorf("make the leash's pipe: %w", err)
 	}
-	// In the record at once: whoever comes after a crash knows that it is ours.
+	// In the record at once, and not as idle: whoever comes after a crash leaves it alone.
 	return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe})
 }
 
@@ -356,7 +363,7 @@ func (c *capture) rememberLeash() error {
 	if err != nil {
 		return fmt.Errorf("encode the device sections: %w", err)
 	}
-	return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe, StreamBytes: int64(c.streamBytes), Sections: sections})
+	return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe, Idle: true, StreamBytes: int64(c.streamBytes), Sections: sections})
 }
 
 // close frees everything. An image that was not sealed is gone then.
@@ -366,6 +373,9 @@ func (c *capture) close() {
 		c.writer.Abort() //nolint:errcheck // what it leaves is swept
 	}
 	if c.session != nil {
+		if leash := c.session.Leash(); leash != nil && leash.Pipe == c.pipe && !leash.Idle && !c.unanswered {
+			c.session.SetLeash(&dirty.Leash{Pipe: c.pipe, Idle: true}) //nolint:errcheck // the next one makes another
+		}
 		c.session.Close() //nolint:errcheck // the record was written where it counts
 	}
 	if c.memory != nil {

@@ -194,6 +194,7 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 	case <-answered:
 	case <-time.After(answerBound):
 		leash.Kill()
+		c.unanswered = true
 		return nil, errors.Join(err, fmt.Errorf("%w: xen-save-devices-state of %v, %v after its stream was let go", errNoAnswer, c.target.Process, answerBound))
 	}
 	s.part("let go")

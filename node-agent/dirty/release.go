@@ -53,9 +53,9 @@ func Release(ctx context.Context, p Process, recordDir string) (err error) {
 	for _, file := range present {
 		failed = append(failed, takeOut(ctx, p.PID, file))
 	}
-	// After a capture that did not end, its command may still be on its way to QEMU, which opens the pipe by its number. That must not become
+	// After a capture that was killed, its command may still be on its way to QEMU, which opens the pipe by its number. That must not become
 	// another file's: the pipe stays, and costs a descriptor.
-	if readErr == nil && old.Valid && old.Leash != nil && old.Leash.Pipe.Link != "" {
+	if readErr == nil && old.Leash != nil && old.Leash.Idle && old.Leash.Pipe.Link != "" {
 		failed = append(failed, closeRemote(ctx, p.PID, old.Leash.Pipe))
 	}
 	return errors.Join(failed...)

@@ -379,7 +379,7 @@ func TestRelease(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.SetLeash(&Leash{Pipe: pipe, StreamBytes: 123, Sections: json.RawMessage(`["timer"]`)}); err != nil {
+	if err := s.SetLeash(&Leash{Pipe: pipe, Idle: true, StreamBytes: 123, Sections: json.RawMessage(`["timer"]`)}); err != nil {
 		t.Fatal(err)
 	}
 	image := sealed(t, s)
