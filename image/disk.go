@@ -16,6 +16,7 @@ type disk interface {
 	link(old, new string) error
 	rename(old, new string) error
 	remove(name string) error
+	removeAll(name string) error // a whole directory, if it is there
 	syncDir(name string) error
 	free() (int64, error) // bytes that this user can still write
 }
@@ -43,6 +44,7 @@ func (d rootDisk) create(name string) (diskFile, error) {
 func (d rootDisk) link(old, new string) error   { return d.root.Link(old, new) }
 func (d rootDisk) rename(old, new string) error { return d.root.Rename(old, new) }
 func (d rootDisk) remove(name string) error     { return d.root.Remove(name) }
+func (d rootDisk) removeAll(name string) error  { return d.root.RemoveAll(name) }
 
 func (d rootDisk) syncDir(name string) error {
 	f, err := d.root.Open(name)
@@ -67,16 +69,21 @@ type rootFile struct{ *os.File }
 func (f rootFile) written(offset, length int64) { startWriteback(f.File, offset, length) }
 
 // openRegular opens a file beneath root for reading, and only if it is a regular file under its own name: a link, a pipe
-// or a device that the volume's owner put in its place is refused before it is opened.
+// or a device that the volume's owner put in its place is refused ([*irregularError]) before it is opened.
 func openRegular(root *os.Root, name string) (*os.File, os.FileInfo, error) {
+	return openRegularFor(root, name, os.O_RDONLY)
+}
+
+// openRegularFor is openRegular for reading ([os.O_RDONLY]), or for writing as well ([os.O_RDWR]).
+func openRegularFor(root *os.Root, name string, access int) (*os.File, os.FileInfo, error) {
 	before, err := root.Lstat(name)
 	if err != nil {
 		return nil, nil, err
 	}
 	if !before.Mode().IsRegular() {
-		return nil, nil, fmt.Errorf("%s is no regular file (%v)", name, before.Mode().Type())
+		return nil, nil, &irregularError{name: name, want: "regular file", mode: before.Mode()}
 	}
-	f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	f, err := root.OpenFile(name, access|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -89,6 +96,23 @@ func openRegular(root *os.Root, name string) (*os.File, os.FileInfo, error) {
 		return nil, nil, err
 	}
 	return f, info, nil
+}
+
+// irregularError says that something else stands where a file or a directory has to be.
+type irregularError struct {
+	name string
+	want string
+	mode fs.FileMode // of what stands there
+}
+
+func (e *irregularError) Error() string {
+	return fmt.Sprintf("%s is no %s (%v)", e.name, e.want, e.mode.Type())
+}
+
+// irregular reports whether err is an [*irregularError].
+func irregular(err error) bool {
+	typed := new(irregularError)
+	return errors.As(err, &typed)
 }
 
 // readSmall reads a whole file of at most limit bytes.
@@ -128,7 +152,7 @@ func openDir(root *os.Root, name string) (*os.Root, error) {
 		return nil, err
 	}
 	if !before.IsDir() {
-		return nil, fmt.Errorf("%s is no directory (%v)", name, before.Mode().Type())
+		return nil, &irregularError{name: name, want: "directory", mode: before.Mode()}
 	}
 	dir, err := root.OpenRoot(name)
 	if err != nil {

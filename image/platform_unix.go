@@ -39,11 +39,19 @@ func lock(ctx context.Context, f *os.File, exclusive bool) error {
 	}
 }
 
-// tryLock takes the lock if it is free.
+// tryLock takes the lock if it is free. An exclusive one needs a file that was opened for writing too: NFS makes record locks
+// of flock's, and those want that. It is refused here everywhere, so that it is not on somebody's NFS that it first shows.
 func tryLock(f *os.File, exclusive bool) (bool, error) {
 	how := unix.LOCK_SH
 	if exclusive {
 		how = unix.LOCK_EX
+		flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+		if err == nil && flags&unix.O_ACCMODE != unix.O_RDWR {
+			err = unix.EBADF
+		}
+		if err != nil {
+			return false, fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
 	}
 	for {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"syscall"
 	"time"
 )
 
@@ -247,9 +248,10 @@ func (r *Repository) temporary() (dir string, alive *os.File, err error) {
 	if err := r.root.Mkdir(dir, 0o700); err != nil {
 		return "", nil, fmt.Errorf("make a temporary directory: %w", err)
 	}
+	made := dir
 	defer func() {
 		if err != nil {
-			r.root.RemoveAll(dir)
+			r.disk.removeAll(made)
 		}
 	}()
 	alive, err = r.root.OpenFile(dir+"/"+aliveName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -292,13 +294,8 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 	if !info.IsDir() {
 		return fmt.Errorf("is no image (%v)", info.Mode().Type())
 	}
-	if f, _, err := openRegular(r.root, imagePath(name)+"/"+macName); err == nil {
-		defer f.Close()
-		if free, err := tryLock(f, true); err != nil {
-			return err
-		} else if !free {
-			return ErrBusy
-		}
+	if err := r.unused(name); err != nil {
+		return err
 	}
 	dir, alive, err := r.temporary()
 	if err != nil {
@@ -307,17 +304,56 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 	defer alive.Close()
 	// Out of sight by one rename, so that nobody ever finds half an image under a name.
 	if err := r.disk.rename(imagePath(name), dir+"/"+stageName); err != nil {
-		return errors.Join(err, r.root.RemoveAll(dir))
+		return errors.Join(err, r.removeTemporary(dir, alive))
 	}
 	if err := r.disk.syncDir(imagesDir); err != nil {
 		return err
 	}
 	guard.Close()
-	return r.root.RemoveAll(dir)
+	err = r.removeTemporary(dir, alive)
+	if errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EBUSY) {
+		return nil // on NFS somebody here has a file of it open; the image is gone, and what is left is Sweep's
+	}
+	return err
+}
+
+// unused returns [ErrBusy] if a writer copies from the image. With the repository's lock held exclusively, none begins to.
+func (r *Repository) unused(name string) error {
+	f, _, err := openRegularFor(r.root, imagePath(name)+"/"+macName, os.O_RDWR)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), irregular(err):
+		return nil // so damaged that nobody copies from it
+	case err != nil:
+		return err
+	}
+	defer f.Close()
+	if free, err := tryLock(f, true); err != nil {
+		return err
+	} else if !free {
+		return ErrBusy
+	}
+	return nil
+}
+
+// removeTemporary removes a directory beneath tmp/ and closes its file alive (nil: it has none), whose lock is ours. That goes
+// last, and closed: NFS keeps a file that is removed while it is open, under another name, and with it the directory.
+func (r *Repository) removeTemporary(dir string, alive *os.File) error {
+	if alive == nil {
+		return r.disk.removeAll(dir)
+	}
+	list, _ := names(r.root, dir)
+	for _, name := range list {
+		if name != aliveName {
+			r.disk.removeAll(dir + "/" + name) // what fails shows in the end
+		}
+	}
+	alive.Close()
+	return r.disk.removeAll(dir)
 }
 
 // Sweep removes what writers left behind that were killed, if it is at least so old, and returns what it removed. What
-// belongs to a writer that lives is never touched, however old.
+// belongs to a writer that lives is never touched, however old; nor is what cannot be told, which is an error, once all else
+// is removed.
 func (r *Repository) Sweep(ctx context.Context, olderThan time.Duration) ([]string, error) {
 	removed, err := r.sweep(ctx, time.Now().Add(-olderThan))
 	if err != nil {
@@ -349,34 +385,39 @@ func (r *Repository) sweep(ctx context.Context, before time.Time) (removed []str
 			}
 		}
 	}()
+	var failed error
 	for _, name := range list {
 		path := temporaryDir + "/" + name
 		info, err := r.root.Lstat(path)
 		if err != nil || info.ModTime().After(before) {
+			failed = errors.Join(failed, gone(err))
 			continue
 		}
 		l := leftover{path: path}
 		if info.IsDir() {
 			// A directory without the file is one that was being made, or half removed, when its owner died: whoever
 			// lives holds the repository's lock in that moment, and we have it.
-			f, _, err := openRegular(r.root, path+"/"+aliveName)
+			f, _, err := openRegularFor(r.root, path+"/"+aliveName, os.O_RDWR)
 			if err == nil {
+				l.alive = f
 				if free, err := tryLock(f, true); err != nil || !free {
 					f.Close()
+					failed = errors.Join(failed, err)
 					continue
 				}
-				l.alive = f
+			} else if !errors.Is(err, fs.ErrNotExist) && !irregular(err) {
+				failed = errors.Join(failed, err)
+				continue
 			}
 		}
 		dead = append(dead, l)
 	}
 	guard.Close()
-	var failed error
 	for _, l := range dead {
 		if err := ctx.Err(); err != nil {
-			return removed, err
+			return removed, errors.Join(failed, err)
 		}
-		if err := r.root.RemoveAll(l.path); err != nil {
+		if err := r.removeTemporary(l.path, l.alive); err != nil {
 			failed = errors.Join(failed, err)
 			continue
 		}
