@@ -47,7 +47,7 @@ func (d rootDisk) remove(name string) error     { return d.root.Remove(name) }
 func (d rootDisk) removeAll(name string) error  { return d.root.RemoveAll(name) }
 
 func (d rootDisk) syncDir(name string) error {
-	f, err := d.root.Open(name)
+	f, err := openListing(d.root, name)
 	if err != nil {
 		return err
 	}
@@ -56,7 +56,7 @@ func (d rootDisk) syncDir(name string) error {
 }
 
 func (d rootDisk) free() (int64, error) {
-	f, err := d.root.Open(".")
+	f, err := openListing(d.root, ".")
 	if err != nil {
 		return 0, err
 	}
@@ -154,7 +154,7 @@ func openDir(root *os.Root, name string) (*os.Root, error) {
 	if !before.IsDir() {
 		return nil, &irregularError{name: name, want: "directory", mode: before.Mode()}
 	}
-	dir, err := root.OpenRoot(name)
+	dir, err := root.OpenRoot(name + "/.") // a pipe that has come in its place meanwhile has none, and is not waited for
 	if err != nil {
 		return nil, err
 	}
@@ -169,12 +169,30 @@ func openDir(root *os.Root, name string) (*os.Root, error) {
 	return dir, nil
 }
 
+// openTop opens the directory that all others are beneath. As long as dir is one, links in its path are followed.
+func openTop(dir string) (*os.Root, error) {
+	if dir == "" {
+		return nil, errors.New("no directory is named")
+	}
+	return os.OpenRoot(dir + "/.") // see openDir
+}
+
+// openListing opens a directory beneath root as a file: to be listed, or synced.
+func openListing(root *os.Root, name string) (*os.File, error) {
+	dir, err := openDir(root, name)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return dir.Open(".")
+}
+
 // entriesLimit bounds how many names are read of one directory of a repository.
 const entriesLimit = 1 << 16
 
 // names returns what is in a directory.
 func names(root *os.Root, dir string) ([]string, error) {
-	f, err := root.Open(dir)
+	f, err := openListing(root, dir)
 	if err != nil {
 		return nil, err
 	}

@@ -84,7 +84,7 @@ func (r *Repository) Open(ctx context.Context, name string) (*Image, error) {
 	if err := CheckName(name); err != nil {
 		return nil, err
 	}
-	dir, err := openDir(r.root, imagePath(name))
+	dir, err := r.openImageDir(name)
 	if err != nil {
 		return nil, fmt.Errorf("open image %s: %w", name, notFoundWith(err))
 	}

@@ -65,7 +65,7 @@ func (p *parent) take(w *Writer) error {
 		return &ParentError{Parent: p.info.Name, Reason: "it is not what it was when it was opened", Err: notFoundWith(err)}
 	}
 	var err error
-	if p.dir, err = openDir(r.root, p.path); err != nil {
+	if p.dir, err = r.openImageDir(p.info.Name); err != nil {
 		return refuse(err)
 	}
 	// Under its name there has to be that image still, and not another that came in its place.

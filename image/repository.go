@@ -52,7 +52,7 @@ func initRepository(dir string, random io.Reader) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := openTop(dir)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func OpenRepository(dir string, keys Keys) (*Repository, error) {
 	if keys.Secret == ([32]byte{}) {
 		return nil, fmt.Errorf("open repository %s: the secret is all zeros", dir)
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := openTop(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open repository: %w", notFoundWith(err))
 	}
@@ -154,14 +154,39 @@ func (r *Repository) lock(ctx context.Context, exclusive bool) (*os.File, error)
 	if err != nil {
 		return nil, err
 	}
-	if err := lock(ctx, f, exclusive); err != nil {
+	err = lock(ctx, f, exclusive)
+	// Whoever locks is about to make, rename and remove in these. Were one of them a link to the other, Sweep would take images
+	// for leftovers.
+	for _, name := range []string{imagesDir, temporaryDir} {
+		if err == nil {
+			err = r.checkDir(name)
+		}
+	}
+	if err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
 }
 
+// checkDir fails where something else stands than a directory.
+func (r *Repository) checkDir(name string) error {
+	info, err := r.root.Lstat(name)
+	if err == nil && !info.IsDir() {
+		return &irregularError{name: name, want: "directory", mode: info.Mode()}
+	}
+	return gone(err)
+}
+
 func imagePath(name string) string { return imagesDir + "/" + name }
+
+// openImageDir opens an image's directory.
+func (r *Repository) openImageDir(name string) (*os.Root, error) {
+	if err := r.checkDir(imagesDir); err != nil {
+		return nil, err
+	}
+	return openDir(r.root, imagePath(name))
+}
 
 // Summary is what can be said of an image without opening more than its manifest.
 type Summary struct {
@@ -187,7 +212,7 @@ func (r *Repository) Images(ctx context.Context) ([]Summary, error) {
 			continue // nothing that was written here by us
 		}
 		s := Summary{Name: name}
-		dir, err := openDir(r.root, imagePath(name))
+		dir, err := r.openImageDir(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // deleted meanwhile
 		}

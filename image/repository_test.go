@@ -67,6 +67,18 @@ func TestInitAndOpenRepository(t *testing.T) {
 	if _, err := OpenRepository(dir, Keys{}); err == nil {
 		t.Error("opened with no secret")
 	}
+	pipe := filepath.Join(dir, "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, not := range []string{pipe, ""} {
+		if _, err := OpenRepository(not, keys); err == nil {
+			t.Errorf("opened %q", not)
+		}
+		if err := InitRepository(not); err == nil {
+			t.Errorf("made %q a repository", not)
+		}
+	}
 	path := filepath.Join(dir, repositoryName)
 	for _, text := range []string{
 		"", "{", "[]", `{"format":"vmckpt repository","version":2,"id":"00000000000000000000000000000001"}`,
@@ -425,6 +437,45 @@ func TestHostileFiles(t *testing.T) {
 			}
 			if err := r.Delete(ctx, "image"); err != nil && what == "directory" {
 				t.Error(err)
+			}
+			for _, name := range []string{imagesDir, temporaryDir, lockName} {
+				if what == "directory" && name != lockName {
+					continue // which it is
+				}
+				path := filepath.Join(r.path, name)
+				os.RemoveAll(path + ".old")
+				rename(t, path, path+".old")
+				if err := put(path); err != nil {
+					t.Fatal(err)
+				}
+				for call, err := range map[string]error{
+					"Create": func() error {
+						w, err := r.Create(ctx, Spec{Name: "other", Blocks: someBlocks})
+						if err == nil {
+							w.Abort()
+						}
+						return err
+					}(),
+					"Delete": r.Delete(ctx, "image"),
+					"Sweep":  func() error { _, err := r.Sweep(ctx, -time.Hour); return err }(),
+				} {
+					if err == nil {
+						t.Errorf("%s in place of %s: %s went on", what, name, call)
+					}
+				}
+				if name == imagesDir {
+					if _, err := r.Images(ctx); err == nil {
+						t.Errorf("%s in place of %s: listed", what, name)
+					}
+					if i, err := r.Open(ctx, "image.old"); err == nil {
+						i.Close()
+						t.Errorf("%s in place of %s: opened", what, name)
+					}
+				}
+				if err := os.Remove(path); err != nil {
+					t.Fatal(err)
+				}
+				rename(t, path+".old", path)
 			}
 			if text, err := os.ReadFile(outside); err != nil || string(text) != "not yours" {
 				t.Errorf("the file outside: %q, %v", text, err)
