@@ -106,8 +106,8 @@ type PageCounts struct {
 	Inherited uint64 `json:"inherited"`
 	// Unchanged counts the pages that were submitted and turned out to be the parent's.
 	Unchanged uint64 `json:"unchanged"`
-	// Written counts the pages that were put into this image's own data file, superseded ones too. Rewritten of them were
-	// taken over from data files of the parent's.
+	// Written counts the pages that were put into this image's own data file, superseded ones too. Rewritten of them are the
+	// parent's, stored anew so that a data file of it is needed no more.
 	Written      uint64 `json:"written"`
 	Rewritten    uint64 `json:"rewritten"`
 	WrittenRaw   int64  `json:"writtenRawBytes"`    // before compression

@@ -22,6 +22,8 @@ type parent struct {
 	linked   bool
 	index    *index
 	files    []*parentFile
+
+	submitted places // in files that are being rewritten
 }
 
 type parentFile struct {
@@ -208,24 +210,30 @@ func (p *parent) reader() *parentReader {
 
 // has reports whether the page is in the parent what it is now: the uniform word, if it is uniform, else a page of that
 // hash. Where the parent has no content for it, it never is, zeros or not: a page that has content is no hole.
-func (r *parentReader) has(block uint32, page uint64, uniform bool, word uint64, hash pageHash) (bool, error) {
+//
+// stay is false where the parent's page is in a file that is being rewritten: then the entry must not be the parent's, equal or
+// not, and rewrite leaves the page out.
+func (r *parentReader) has(block uint32, page uint64, uniform bool, word uint64, hash pageHash) (equal, stay bool, err error) {
 	e, err := r.cursor.find(block, page)
 	if err != nil {
-		return false, r.parent.damaged(err)
-	}
-	if uniform {
-		return e.kind == Uniform && e.word == word, nil
+		return false, false, r.parent.damaged(err)
 	}
 	if e.kind != Stored {
-		return false, nil
+		return uniform && e.kind == Uniform && e.word == word, true, nil
 	}
 	f := r.parent.files[e.frame.file]
+	if f.rewrite {
+		r.parent.submitted.add(place{block, page})
+	}
+	if uniform {
+		return false, !f.rewrite, nil
+	}
 	ordinal := e.frame.ordinal + uint64(e.slot) + page - e.first
 	theirs, err := r.hashes.at(f.hashFile, ordinal, f.PagesInFile)
 	if err != nil {
-		return false, r.parent.damaged(err)
+		return false, false, r.parent.damaged(err)
 	}
-	return theirs == hash, nil
+	return theirs == hash, !f.rewrite, nil
 }
 
 // frameCopy is a copy of a data file with only the frames in use, each at the place it had, and holes between them: so

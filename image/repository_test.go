@@ -371,9 +371,9 @@ func TestRewrite(t *testing.T) {
 		if got := small.Manifest(); len(got.Data) != 3 || got.Pages.Rewritten != 0 {
 			t.Errorf("rewritten beyond the budget: %+v", got.Pages)
 		}
-		// Page 2 is both rewritten and submitted.
+		// Page 2 is submitted, changed: there is nothing of it to be rewritten.
 		enough := write("enough", small, pageset.Run{First: 2, Count: 1}, 20*pageset.PageBytes)
-		if got := enough.Manifest(); len(got.Data) != 3 || got.Pages.Rewritten != 20 || got.Pages.Stored != 100 {
+		if got := enough.Manifest(); len(got.Data) != 3 || got.Pages.Rewritten != 19 || got.Pages.Written != 20 || got.Pages.Stored != 100 {
 			t.Errorf("not rewritten: %d files, %+v", len(got.Data), got.Pages)
 		}
 		for _, i := range []*Image{base, most, small} {
@@ -385,6 +385,69 @@ func TestRewrite(t *testing.T) {
 			t.Error(err)
 		}
 		checkLoad(t, enough, m)
+	}
+}
+
+// TestRewriteUnchanged rewrites what is left of a base while pages are submitted that are what the parent has: none, as where
+// tracking knows it, some, or all, as where everything is compared. The file goes, and no page is stored twice.
+func TestRewriteUnchanged(t *testing.T) {
+	ctx := context.Background()
+	const pages, left = 100, 10
+	blocks := []BlockInfo{{"ram", pages * pageset.PageBytes}}
+	for _, links := range []bool{true, false} {
+		for _, submitted := range []uint64{0, left / 2, pages} {
+			r := newRepository(t, testKeys(true))
+			if !links {
+				r.disk = &faultyDisk{disk: r.disk, noLinks: true}
+			}
+			m := newMemory(blocks)
+			write := func(name string, parent *Image, run pageset.Run, change bool, budget int64) *Image {
+				w, err := r.Create(ctx, Spec{Name: name, Parent: parent, Blocks: blocks, Compression: Zstd, RewriteBytes: budget})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer w.Abort()
+				b, err := w.Batch(ctx)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for p := run.First; p < run.End(); p++ {
+					if change {
+						copy(m.page(0, p)[100:], fmt.Sprintf("page %d of %s", p, name))
+						m.kinds[0][p] = Stored
+					}
+					b.Pages, b.Data = append(b.Pages, p), append(b.Data, m.page(0, p)...)
+				}
+				w.Submit(b)
+				if parent != nil && !change {
+					w.Absent(0, pageset.Run{First: pages - 1, Count: 1}, AbsentEvicted)
+					clear(m.page(0, pages-1))
+					m.kinds[0][pages-1] = Evicted
+				}
+				i, err := w.Seal(ctx, Contents{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { i.Close() })
+				checkLoad(t, i, m)
+				return i
+			}
+			base := write("base", nil, pageset.Run{Count: pages}, true, 0)
+			most := write("most", base, pageset.Run{First: left, Count: pages - left}, true, 0)
+			last := write("last", most, pageset.Run{Count: submitted}, false, 1<<20)
+			got := last.Manifest()
+			if len(got.Data) != 2 || got.Data[0].ID == base.Manifest().ID || got.Data[1].ID == base.Manifest().ID {
+				t.Errorf("links=%v, %d submitted: made of %+v", links, submitted, got.Data)
+			}
+			want := got.Pages
+			want.Rewritten, want.Written, want.Unchanged = left, left, max(submitted, left)-left
+			if diff := cmp.Diff(want, got.Pages); diff != "" {
+				t.Errorf("links=%v, %d submitted (-want +got):\n%s", links, submitted, diff)
+			}
+			if err := last.Verify(ctx, nil); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }
 
