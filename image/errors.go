@@ -82,6 +82,19 @@ func (e *ParentError) Error() string {
 
 func (e *ParentError) Unwrap() error { return e.Err }
 
+// VisibleError says that an image was sealed and is visible, but that the volume did not say that it would stay so after a power
+// cut, nor let the image be taken back. Whoever does not want it deletes it.
+type VisibleError struct {
+	Image string
+	Err   error
+}
+
+func (e *VisibleError) Error() string {
+	return fmt.Sprintf("image %s is visible, though it may not outlive a power cut: %v", e.Image, e.Err)
+}
+
+func (e *VisibleError) Unwrap() error { return e.Err }
+
 // noSpace reports whether err is the system's word for a full volume or a used-up quota.
 func noSpace(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)

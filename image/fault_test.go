@@ -147,3 +147,97 @@ func TestSpaceBeforeAndWhileWriting(t *testing.T) {
 		}
 	}
 }
+
+// TestSealAtItsEnd has things happen while an image becomes visible: Seal fails and there is none, or it is there.
+func TestSealAtItsEnd(t *testing.T) {
+	ctx := context.Background()
+	start := func(t *testing.T, sync func(r *Repository, w *Writer, name string) error) (*Repository, *Writer) {
+		r := newRepository(t, testKeys(false))
+		var w *Writer
+		plain := r.disk
+		r.disk = &hookedDisk{plain, func(name string) error { return sync(r, w, name) }}
+		w, err := r.Create(ctx, Spec{Name: "image", Blocks: someBlocks})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { w.Abort() })
+		w.Absent(0, pageset.Run{Count: 20}, AbsentEvicted)
+		return r, w
+	}
+	invisible := func(t *testing.T, r *Repository, w *Writer) {
+		t.Helper()
+		if _, err := r.Open(ctx, "image"); !errors.Is(err, ErrNotFound) {
+			t.Errorf("there is an image all the same: %v", err)
+		}
+		if err := w.Abort(); err != nil {
+			t.Error(err)
+		}
+		if left, err := names(r.root, temporaryDir); err != nil || len(left) > 0 {
+			t.Errorf("left over: %v, %v", left, err)
+		}
+	}
+	t.Run("damaged before", func(t *testing.T) {
+		r, w := start(t, func(r *Repository, w *Writer, name string) error {
+			if name != w.stage("") {
+				return nil
+			}
+			return os.Truncate(r.path+"/"+w.stage(indexName), 100)
+		})
+		_, err := w.Seal(ctx, Contents{})
+		if damage := new(DamageError); !errors.As(err, &damage) {
+			t.Errorf("sealed what cannot be opened: %v", err)
+		}
+		invisible(t, r, w)
+	})
+	t.Run("deleted at once", func(t *testing.T) {
+		_, w := start(t, func(r *Repository, w *Writer, name string) error {
+			if name == imagesDir {
+				if _, err := os.Lstat(r.path + "/" + imagePath("image")); err == nil {
+					return r.Delete(ctx, "image")
+				}
+			}
+			return nil
+		})
+		i, err := w.Seal(ctx, Contents{})
+		if err != nil {
+			t.Fatalf("what was sealed and then deleted: %v", err)
+		}
+		if i.Name() != "image" || i.Manifest().Pages.Evicted != 20 {
+			t.Errorf("image %s with %+v", i.Name(), i.Manifest().Pages)
+		}
+		i.Close()
+	})
+	t.Run("not synced", func(t *testing.T) {
+		r, w := start(t, func(r *Repository, w *Writer, name string) error {
+			if name == imagesDir {
+				return syscall.EIO
+			}
+			return nil
+		})
+		_, err := w.Seal(ctx, Contents{})
+		if visible := new(VisibleError); !errors.Is(err, syscall.EIO) || errors.As(err, &visible) {
+			t.Errorf("not synced: %v", err)
+		}
+		invisible(t, r, w)
+	})
+	t.Run("not synced, and no way back", func(t *testing.T) {
+		r, w := start(t, func(r *Repository, w *Writer, name string) error {
+			if name != imagesDir {
+				return nil
+			}
+			return errors.Join(syscall.EIO, os.MkdirAll(r.path+"/"+w.stage("in the way"), 0o700))
+		})
+		_, err := w.Seal(ctx, Contents{})
+		if visible := new(VisibleError); !errors.Is(err, syscall.EIO) || !errors.As(err, &visible) || visible.Image != "image" {
+			t.Errorf("visible, and the error does not say so: %v", err)
+		}
+		if err := w.Abort(); err != nil {
+			t.Error(err)
+		}
+		i, err := r.Open(ctx, "image")
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.Close()
+	})
+}

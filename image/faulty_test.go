@@ -69,6 +69,19 @@ func (d *faultyDisk) syncDir(name string) error {
 	return d.disk.syncDir(name)
 }
 
+// hookedDisk calls a function before a directory is synced.
+type hookedDisk struct {
+	disk
+	sync func(name string) error
+}
+
+func (d *hookedDisk) syncDir(name string) error {
+	if err := d.sync(name); err != nil {
+		return err
+	}
+	return d.disk.syncDir(name)
+}
+
 func (d *faultyDisk) free() (int64, error) {
 	if d.free_ != 0 {
 		return d.free_, nil
