@@ -26,6 +26,7 @@ type diskFile interface {
 	Truncate(size int64) error
 	Sync() error
 	Close() error
+	Stat() (os.FileInfo, error)
 	// written hints that the bytes may go to the device now, so that the Sync at the end finds little to do.
 	written(offset, length int64)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"syscall"
 	"testing"
 
@@ -155,7 +156,7 @@ func TestSealAtItsEnd(t *testing.T) {
 		r := newRepository(t, testKeys(false))
 		var w *Writer
 		plain := r.disk
-		r.disk = &hookedDisk{plain, func(name string) error { return sync(r, w, name) }}
+		r.disk = &hookedDisk{disk: plain, sync: func(name string) error { return sync(r, w, name) }}
 		w, err := r.Create(ctx, Spec{Name: "image", Blocks: someBlocks})
 		if err != nil {
 			t.Fatal(err)
@@ -240,4 +241,64 @@ func TestSealAtItsEnd(t *testing.T) {
 		}
 		i.Close()
 	})
+}
+
+// TestExchangedCopies: on a volume without links, a copy is taken for one only if it is the file that was written.
+func TestExchangedCopies(t *testing.T) {
+	ctx := context.Background()
+	for what, do := range map[string]func(path string) error{
+		"another file": func(path string) error {
+			content, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+			return os.WriteFile(path, content, 0o600)
+		},
+		"shorter": func(path string) error { return os.Truncate(path, 100) },
+		"longer":  func(path string) error { return os.Truncate(path, 1<<20) },
+		"closed":  nil,
+	} {
+		for _, kind := range []string{".pages", ".hashes"} {
+			r := newRepository(t, testKeys(false))
+			parent := mustSeal(t, r, Spec{Name: "parent", Blocks: someBlocks})
+			own := parent.Manifest().ID.String() + kind
+			hooked := &hookedDisk{disk: &faultyDisk{disk: r.disk, noLinks: true}, sync: func(string) error { return nil }}
+			done := false
+			hook := func(name string) error {
+				if done || filepath.Base(name) != own {
+					return nil
+				}
+				if done = true; do == nil {
+					return syscall.EDQUOT
+				}
+				return do(filepath.Join(r.path, name))
+			}
+			if do == nil {
+				hooked.close = hook
+			} else {
+				hooked.file = hook
+			}
+			r.disk = hooked
+			w, err := r.Create(ctx, Spec{Name: "child", Parent: parent, Blocks: someBlocks})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = w.Seal(ctx, Contents{})
+			if space := new(SpaceError); err == nil || do == nil && !errors.As(err, &space) {
+				t.Errorf("%s, %s: %v", kind, what, err)
+			}
+			if damage := new(DamageError); errors.As(err, &damage) {
+				t.Errorf("%s, %s: found only when the image was opened: %v", kind, what, err)
+			}
+			if !done {
+				t.Errorf("%s, %s: nothing was done to it", kind, what)
+			}
+			if err := w.Abort(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
 }

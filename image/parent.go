@@ -319,28 +319,58 @@ func (c *frameCopy) close() {
 	}
 }
 
-// finish syncs the copies and takes their digests.
-func (c *frameCopy) finish(w *Writer) (pages, hashes FileInfo, err error) {
-	for _, one := range []struct {
-		file diskFile
-		from *sealedFile
-		info *FileInfo
-	}{{c.pages, c.from.pageFile, &pages}, {c.hashes, c.from.hashFile, &hashes}} {
-		if err := one.file.Sync(); err != nil {
-			return pages, hashes, fmt.Errorf("sync a copy of %s: %w", one.from.name, err)
-		}
-		f, info, err := openRegular(w.repository.root, w.stage(one.from.name))
-		if err != nil {
-			return pages, hashes, fmt.Errorf("open a copy of %s: %w", one.from.name, err)
-		}
-		digest := w.repository.keys.newFileDigest()
-		_, err = io.Copy(digest, io.LimitReader(f, info.Size()))
-		f.Close()
-		if err != nil {
-			return pages, hashes, fmt.Errorf("read a copy of %s: %w", one.from.name, err)
-		}
-		one.info.Bytes = info.Size()
-		digest.Sum(one.info.Digest[:0])
+// finish syncs and closes the copies, and takes their digests.
+func (c *frameCopy) finish(ctx context.Context, w *Writer) (pages, hashes FileInfo, err error) {
+	if pages, err = w.finishCopy(ctx, &c.pages, c.from.pageFile); err != nil {
+		return pages, hashes, err
 	}
-	return pages, hashes, nil
+	hashes, err = w.finishCopy(ctx, &c.hashes, c.from.hashFile)
+	return pages, hashes, err
+}
+
+// finishCopy ends one copy, and sets it to nil once it is closed. Since frames were written to it in the order of the index, its
+// digest is taken of what lies on the volume: of the very file that was written, then, and only if it has kept its size.
+func (w *Writer) finishCopy(ctx context.Context, copied *diskFile, from *sealedFile) (FileInfo, error) {
+	failed := func(what string, err error) (FileInfo, error) {
+		return FileInfo{}, fmt.Errorf("%s a copy of %s: %w", what, from.name, err)
+	}
+	if err := (*copied).Sync(); err != nil {
+		return failed("sync", err)
+	}
+	written, err := (*copied).Stat()
+	if err != nil {
+		return failed("look at", err)
+	}
+	f, info, err := openRegular(w.repository.root, w.stage(from.name))
+	if err != nil {
+		return failed("open", err)
+	}
+	defer f.Close()
+	if !os.SameFile(written, info) {
+		return failed("open", errors.New("it was exchanged while it was written"))
+	}
+	if info.Size() != from.size {
+		return failed("open", fmt.Errorf("it has %d bytes, not %d", info.Size(), from.size))
+	}
+	digest := w.repository.keys.newFileDigest()
+	buf := make([]byte, writeBytes)
+	for left := from.size; left > 0; {
+		if err := ctx.Err(); err != nil {
+			return FileInfo{}, err
+		}
+		n := min(left, int64(len(buf)))
+		if _, err := io.ReadFull(f, buf[:n]); err != nil {
+			return failed("read", err)
+		}
+		digest.Write(buf[:n])
+		left -= n
+	}
+	closing := (*copied).Close()
+	*copied = nil
+	if closing != nil {
+		return failed("close", closing)
+	}
+	done := FileInfo{Bytes: from.size}
+	digest.Sum(done.Digest[:0])
+	return done, nil
 }

@@ -69,7 +69,7 @@ func (w *Writer) seal(ctx context.Context, contents Contents) (*Image, error) {
 	if err := w.writeIndex(ctx, m, own); err != nil {
 		return nil, err
 	}
-	if err := w.settle(m, own); err != nil {
+	if err := w.settle(ctx, m, own); err != nil {
 		return nil, err
 	}
 	if err := w.writeState(m, contents.DeviceState); err != nil {
@@ -276,7 +276,7 @@ func (w *Writer) missing(gap *gapError) error {
 }
 
 // settle removes the data files that nothing refers to and ends the copies of those that could not be linked.
-func (w *Writer) settle(m *Manifest, own DataFile) error {
+func (w *Writer) settle(ctx context.Context, m *Manifest, own DataFile) error {
 	used := map[ID]bool{}
 	for i := range m.Data {
 		used[m.Data[i].ID] = true
@@ -304,7 +304,7 @@ func (w *Writer) settle(m *Manifest, own DataFile) error {
 				return err
 			}
 		case f.copy != nil:
-			pages, hashes, err := f.copy.finish(w)
+			pages, hashes, err := f.copy.finish(ctx, w)
 			if err != nil {
 				return err
 			}
