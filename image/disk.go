@@ -6,7 +6,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"syscall"
 )
 
 // disk is all that a writer does to the repository's file system. There is one of it, and a test's that fails on purpose.
@@ -73,30 +72,6 @@ func (f rootFile) written(offset, length int64) { startWriteback(f.File, offset,
 // or a device that the volume's owner put in its place is refused ([*irregularError]) before it is opened.
 func openRegular(root *os.Root, name string) (*os.File, os.FileInfo, error) {
 	return openRegularFor(root, name, os.O_RDONLY)
-}
-
-// openRegularFor is openRegular for reading ([os.O_RDONLY]), or for writing as well ([os.O_RDWR]).
-func openRegularFor(root *os.Root, name string, access int) (*os.File, os.FileInfo, error) {
-	before, err := root.Lstat(name)
-	if err != nil {
-		return nil, nil, err
-	}
-	if !before.Mode().IsRegular() {
-		return nil, nil, &irregularError{name: name, want: "regular file", mode: before.Mode()}
-	}
-	f, err := root.OpenFile(name, access|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	info, err := f.Stat()
-	if err == nil && !os.SameFile(before, info) {
-		err = fmt.Errorf("%s was exchanged while it was opened", name)
-	}
-	if err != nil {
-		f.Close()
-		return nil, nil, err
-	}
-	return f, info, nil
 }
 
 // irregularError says that something else stands where a file or a directory has to be.

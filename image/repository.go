@@ -138,13 +138,16 @@ func (r *Repository) Close() error { return r.root.Close() }
 // exclusive while an image is taken out of sight or leftovers are told from living writers. So neither sees the other
 // half done. It is never held for longer than that takes.
 func openLock(root *os.Root) (*os.File, error) {
-	f, err := root.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
+	f, _, err := openRegularFor(root, lockName, os.O_RDWR)
+	for tries := 0; errors.Is(err, fs.ErrNotExist) && tries < 10; tries++ {
+		// Of several that find none each may make it, and only one does.
+		f, err = root.OpenFile(lockName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		if errors.Is(err, fs.ErrExist) {
+			f, _, err = openRegularFor(root, lockName, os.O_RDWR)
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open the repository's lock: %w", err)
-	}
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		f.Close()
-		return nil, fmt.Errorf("the repository's lock is no regular file")
 	}
 	return f, nil
 }
