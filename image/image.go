@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"iter"
 	"os"
 	"slices"
@@ -41,11 +40,8 @@ type opener struct {
 // file opens a file and checks its size and its header.
 func (o *opener) file(root *os.Root, prefix, name string, kind fileKind, n ID, size int64) (*sealedFile, error) {
 	f, info, err := openRegular(root, prefix+name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &DamageError{Image: o.image, File: name, Offset: 0, What: "is missing"}
-	}
 	if err != nil {
-		return nil, fmt.Errorf("image %s: %w", o.image, err)
+		return nil, readError(o.image, name, 0, err)
 	}
 	s, err := newSealer(o.keys, kind, n, o.encrypted)
 	if err != nil {
@@ -114,10 +110,8 @@ func (r *Repository) open(dir *os.Root, name string) (*Image, error) {
 	for _, f := range i.allFiles() {
 		info, err := dir.Lstat(f.name)
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil, &DamageError{Image: name, File: f.name, Offset: 0, What: "is missing"}
 		case err != nil:
-			return nil, fmt.Errorf("image %s: %w", name, err)
+			return nil, readError(name, f.name, 0, err)
 		case !info.Mode().IsRegular():
 			return nil, &DamageError{Image: name, File: f.name, Offset: 0, What: fmt.Sprintf("is no regular file (%v)", info.Mode().Type())}
 		case info.Size() != f.Bytes:

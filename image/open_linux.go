@@ -8,6 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// errFileSystem is how file systems say that their own structures are damaged (EFSCORRUPTED in the kernel); EBADMSG says that a
+// checksum of theirs does not match (EFSBADCRC).
+const errFileSystem = unix.EUCLEAN
+
 // openRegularFor is openRegular for reading ([os.O_RDONLY]), or for writing as well ([os.O_RDWR]).
 //
 // Opening alone can do things: a device node that the volume's owner made may be the node's watchdog. So the file is first held

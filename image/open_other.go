@@ -8,6 +8,9 @@ import (
 	"syscall"
 )
 
+// errFileSystem has no word of its own here.
+const errFileSystem = syscall.EIO
+
 // openRegularFor is openRegular for reading ([os.O_RDONLY]), or for writing as well ([os.O_RDWR]). What is exchanged for the file
 // between two calls may be opened here, though never waited for, nor used.
 func openRegularFor(root *os.Root, name string, access int) (*os.File, os.FileInfo, error) {

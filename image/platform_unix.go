@@ -21,6 +21,16 @@ func freeBytes(f *os.File) (int64, error) {
 	return int64(s.Bavail) * int64(s.Bsize), nil
 }
 
+// unreadable reports whether err is the system's word for a bad sector or a file system that has found itself damaged.
+func unreadable(err error) bool {
+	for _, e := range []error{unix.EIO, errFileSystem, unix.EBADMSG} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
 // lockPoll is how often a lock is asked for again: flock cannot be waited for and given up.
 const lockPoll = 10 * time.Millisecond
 

@@ -188,7 +188,11 @@ func (r *Repository) openImageDir(name string) (*os.Root, error) {
 	if err := r.checkDir(imagesDir); err != nil {
 		return nil, err
 	}
-	return openDir(r.root, imagePath(name))
+	dir, err := openDir(r.root, imagePath(name))
+	if irregular(err) || unreadable(err) {
+		err = readError(name, ".", -1, err)
+	}
+	return dir, err
 }
 
 // Summary is what can be said of an image without opening more than its manifest.
@@ -241,12 +245,10 @@ func (r *Repository) readManifest(dir *os.Root, name string) (*Manifest, Digest,
 		content, err := readSmall(dir, file, limit)
 		var size *sizeError
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil, &DamageError{Image: name, File: file, Offset: 0, What: "is missing"}
 		case errors.As(err, &size):
 			return nil, &DamageError{Image: name, File: file, Offset: limit, What: err.Error()}
 		case err != nil:
-			return nil, fmt.Errorf("image %s: %w", name, err)
+			return nil, readError(name, file, 0, err)
 		}
 		return content, nil
 	}
