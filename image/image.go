@@ -34,7 +34,6 @@ type opener struct {
 	repository ID
 	image      string
 	encrypted  bool
-	reader     *recordReader
 }
 
 // file opens a file and checks its size and its header.
@@ -67,7 +66,9 @@ func (o *opener) index(dir *os.Root, m *Manifest) (*index, error) {
 	if err != nil {
 		return nil, err
 	}
-	x, err := openIndex(o.reader, f, m.Index.Directory, m.Blocks, m.dataBounds())
+	reader := new(recordReader)
+	defer reader.close()
+	x, err := openIndex(reader, f, m.Index.Directory, m.Blocks, m.dataBounds())
 	if err != nil {
 		f.file.Close()
 		return nil, err
@@ -103,8 +104,6 @@ func (r *Repository) open(dir *os.Root, name string) (*Image, error) {
 	keys := r.keys
 	i := &Image{repository: r, keys: &keys, manifest: *m, digest: digest, dir: dir,
 		data: make([]*sealedFile, len(m.Data)), hashes: make([]*sealedFile, len(m.Data))}
-	reader := new(recordReader)
-	defer reader.close()
 	i.files = opener{keys: &keys, repository: r.id, image: name, encrypted: m.Encrypted()}
 	// A look at the sizes finds most of what a broken copy does to an image, at once and for nothing.
 	for _, f := range i.allFiles() {
@@ -119,9 +118,7 @@ func (r *Repository) open(dir *os.Root, name string) (*Image, error) {
 				What: fmt.Sprintf("the file has %d bytes, not %d", info.Size(), f.Bytes)}
 		}
 	}
-	from := i.files
-	from.reader = reader
-	i.index, err = from.index(dir, m)
+	i.index, err = i.files.index(dir, m)
 	return i, err
 }
 

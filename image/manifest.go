@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"regexp"
 	"time"
+	"unicode/utf8"
 
 	"github.com/zeebo/blake3"
 
@@ -198,6 +199,8 @@ func checkBlocks(blocks []BlockInfo) error {
 		switch {
 		case b.Name == "" || len(b.Name) > maxBlockName:
 			return fmt.Errorf("block %d has a name of %d bytes, want 1 to %d", i, len(b.Name), maxBlockName)
+		case !utf8.ValidString(b.Name):
+			return fmt.Errorf("block %d has a name that is not UTF-8: %q", i, b.Name) // JSON would have another in its place
 		case seen[b.Name]:
 			return fmt.Errorf("two blocks are named %q", b.Name)
 		case b.Bytes%pageset.PageBytes != 0:

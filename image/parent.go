@@ -60,7 +60,8 @@ func (w *Writer) checkParent() error {
 	return nil
 }
 
-// take links the parent's data files into the writer's directory. The repository's lock is held.
+// take links the parent's data files into the writer's directory and opens its index. The repository's lock is held, so that the
+// parent is not deleted meanwhile; afterwards it may be.
 func (p *parent) take(w *Writer) error {
 	r := w.repository
 	refuse := func(err error) error {
@@ -78,6 +79,9 @@ func (p *parent) take(w *Writer) error {
 	}
 	for i := range p.manifest.Data {
 		p.files = append(p.files, &parentFile{DataFile: p.manifest.Data[i]})
+	}
+	if p.index, err = p.opener().index(p.dir, p.manifest); err != nil {
+		return p.damaged(err)
 	}
 	p.linked = true
 	for _, f := range p.files {
@@ -109,7 +113,7 @@ func (p *parent) takeCopies(w *Writer) error {
 	}
 	var err error
 	if p.inUse, _, err = openRegular(p.dir, macName); err != nil {
-		return err
+		return p.damaged(readError(p.info.Name, macName, 0, err))
 	}
 	if free, err := tryLock(p.inUse, false); err != nil {
 		return err
@@ -119,7 +123,7 @@ func (p *parent) takeCopies(w *Writer) error {
 	return nil
 }
 
-// open opens what was taken and reads the index through, so that a damaged one is found out before any page is read.
+// open opens the data files that were taken and reads the index through, so that a damaged one is found out before any page is read.
 func (p *parent) open(ctx context.Context) error {
 	p.chooseRewrites(p.writer.spec.RewriteBytes)
 	return p.damaged(p.openFiles(ctx))
@@ -133,17 +137,15 @@ func (p *parent) damaged(err error) error {
 	return err
 }
 
+func (p *parent) opener() *opener {
+	r := p.writer.repository
+	return &opener{keys: &r.keys, repository: r.id, image: p.info.Name, encrypted: p.manifest.Encrypted()}
+}
+
 func (p *parent) openFiles(ctx context.Context) error {
 	r := p.writer.repository
-	keys := &r.keys
-	reader := new(recordReader)
-	defer reader.close()
-	from := opener{keys: keys, repository: r.id, image: p.info.Name, encrypted: p.manifest.Encrypted(), reader: reader}
+	from := p.opener()
 	var err error
-	p.index, err = from.index(p.dir, p.manifest)
-	if err != nil {
-		return err
-	}
 	for _, f := range p.files {
 		root, prefix := p.dir, ""
 		if p.linked {

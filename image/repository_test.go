@@ -144,6 +144,7 @@ func TestBadSpecs(t *testing.T) {
 		"no name":         {{"", 4096}},
 		"long name":       {{strings.Repeat("x", 256), 4096}},
 		"twice":           {{"ram", 4096}, {"ram", 4096}},
+		"no UTF-8":        {{"ram\xff", 4096}},
 		"too large":       {{"a", 1 << 52}, {"b", 4096}},
 		"too many":        make([]BlockInfo, 5000),
 	} {
@@ -696,6 +697,29 @@ func TestConcurrently(t *testing.T) {
 			t.Error(err)
 		}
 		i.Close()
+	}
+}
+
+// TestDeletedOnceTaken deletes a parent as soon as its files have been taken.
+func TestDeletedOnceTaken(t *testing.T) {
+	ctx := context.Background()
+	r := newRepository(t, testKeys(false))
+	parent := mustSeal(t, r, Spec{Name: "parent", Blocks: someBlocks})
+	w := &Writer{repository: r, spec: Spec{Name: "child", Parent: parent, Blocks: someBlocks}}
+	if err := w.checkParent(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.enter(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Delete(ctx, "parent"); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.parent.open(ctx); err != nil {
+		t.Errorf("the parent was taken before: %v", err)
+	}
+	if err := w.discard(); err != nil {
+		t.Error(err)
 	}
 }
 
