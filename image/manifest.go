@@ -303,13 +303,20 @@ func decodeManifest(keys *derived, repository ID, name string, manifest, mac []b
 		return nil, fmt.Errorf("image %s: secret: %w", name, ErrWrongKey)
 	case !valid:
 		return nil, damage(manifestName, -1, "its MAC does not match (or %s is what is damaged)", macName)
-	case !ours:
-		return nil, damage(macName, int64(len(macMagic)), "the key check does not match, the MAC does")
 	}
 	m := new(Manifest)
 	d := json.NewDecoder(bytes.NewReader(manifest))
 	d.DisallowUnknownFields()
-	if err := d.Decode(m); err != nil {
+	err := d.Decode(m)
+	// The secret is ours and so is the manifest. If the key check fits the repository that the manifest names, nothing is damaged.
+	if !ours && err == nil && mismatch(check, keys.secretCheck(m.Repository)) < 0 {
+		return nil, damage(manifestName, -1, "it is an image of repository %s, and this is %s: the image was moved here, or %s was changed",
+			m.Repository, repository, repositoryName)
+	}
+	if !ours {
+		return nil, damage(macName, int64(len(macMagic)), "the key check does not match, the MAC does")
+	}
+	if err != nil {
 		return nil, damage(manifestName, d.InputOffset(), "%v", err)
 	}
 	if err := m.check(); err != nil {

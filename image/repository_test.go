@@ -280,6 +280,38 @@ func TestWrongKeys(t *testing.T) {
 	}
 }
 
+// TestAnotherRepository has an image found in a repository of another id, under the right secret.
+func TestAnotherRepository(t *testing.T) {
+	ctx := context.Background()
+	r, other := newRepository(t, testKeys(false)), newRepository(t, testKeys(false))
+	mustSeal(t, r, Spec{Name: "image", Blocks: someBlocks})
+	check := func(what string, r *Repository, of, here ID) {
+		t.Helper()
+		_, err := r.Open(ctx, "image")
+		damage := new(DamageError)
+		if !errors.As(err, &damage) || damage.File != manifestName || errors.Is(err, ErrWrongKey) ||
+			!strings.Contains(err.Error(), of.String()) || !strings.Contains(err.Error(), here.String()) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	text, err := os.ReadFile(filepath.Join(r.path, repositoryName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed := strings.Replace(string(text), r.id.String(), other.id.String(), 1)
+	if err := os.WriteFile(filepath.Join(r.path, repositoryName), []byte(changed), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	again, err := OpenRepository(r.path, testKeys(false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	check("the id was changed", again, r.id, other.id)
+	rename(t, filepath.Join(r.path, imagePath("image")), filepath.Join(other.path, imagePath("image")))
+	check("the image was moved", other, r.id, other.id)
+}
+
 func TestUnfitParents(t *testing.T) {
 	ctx := context.Background()
 	r := newRepository(t, testKeys(false))
