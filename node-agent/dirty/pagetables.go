@@ -39,7 +39,7 @@ type PageTables struct {
 	tracked []*evict.Memory // nil for blocks that this source does not cover
 	pagemap scanner
 	uffd    registrar
-	maps    func() ([]pagetable.Mapping, error)
+	maps    func([]pagetable.Range) ([]pagetable.Mapping, error)
 }
 
 // scanner is the pagemap of the process, used by several goroutines at once; tests put a faulty one in its place.
@@ -256,7 +256,13 @@ func (t *PageTables) protect(ctx context.Context, sets, holes Sets) (Sets, error
 // nor those of a process that is gone: they would pass for clean. (Memory mapped anew in their place is not
 // registered, which the scan does report.)
 func (t *PageTables) mapped() error {
-	mappings, err := t.maps()
+	var ranges []pagetable.Range
+	for i, b := range t.blocks {
+		if t.tracked[i] != nil {
+			ranges = append(ranges, pagetable.Range{Start: b.HVA, End: b.End()})
+		}
+	}
+	mappings, err := t.maps(ranges)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrUntracked, err)
 	}
