@@ -56,6 +56,9 @@ type Hooks struct {
 
 	// Write is called before memory is written, from several goroutines.
 	Write func(block string, run pageset.Run) error
+
+	// Harvested is called after the load, each time between taking what was written and starting over.
+	Harvested func() error
 }
 
 // Step names a point in the course of a restore.
@@ -100,4 +103,12 @@ func (o Options) step(s Step) error {
 		return nil
 	}
 	return o.Hooks.Step(s)
+}
+
+// harvested calls the test's hook.
+func (o Options) harvested() error {
+	if o.Hooks.Harvested == nil {
+		return nil
+	}
+	return o.Hooks.Harvested()
 }
