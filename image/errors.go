@@ -49,10 +49,12 @@ func (e *SpaceError) Error() string {
 	case e.Need == 0 && e.Free < 0:
 		return fmt.Sprintf("the repository's volume is full: %v", e.Err)
 	case e.Need == 0:
-		return fmt.Sprintf("the repository's volume is full: %v (%d bytes free)", e.Err, e.Free)
+		return fmt.Sprintf("the repository's volume is full: %v (%s free)", e.Err, mebibytes(e.Free))
 	}
-	return fmt.Sprintf("the repository's volume has %d bytes free, %d are needed", e.Free, e.Need)
+	return fmt.Sprintf("the repository's volume has %s free, %s are needed", mebibytes(e.Free), mebibytes(e.Need))
 }
+
+func mebibytes(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }
 
 func (e *SpaceError) Unwrap() error { return e.Err }
 

@@ -86,7 +86,7 @@ func (r *Repository) Open(ctx context.Context, name string) (*Image, error) {
 	}
 	dir, err := openDir(r.root, imagePath(name))
 	if err != nil {
-		return nil, fmt.Errorf("open image %s: %w", name, notFoundWith(err))
+		return nil, fmt.Errorf("open image %s: %w", name, notFound(err))
 	}
 	i, err := r.open(dir, name)
 	if err != nil {

@@ -287,7 +287,7 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 	defer guard.Close()
 	info, err := r.root.Lstat(imagePath(name))
 	if err != nil {
-		return notFoundWith(err)
+		return notFound(err)
 	}
 	if !info.IsDir() {
 		return fmt.Errorf("is no image (%v)", info.Mode().Type())

@@ -43,7 +43,7 @@ func codeOf(err error) jobs.Code {
 func exitAndHint(code jobs.Code) (exit int, hint string) {
 	switch code {
 	case codeUsage:
-		return exitUsage, "`vmckpt help COMMAND` shows how it is called"
+		return exitUsage, "`vmckpt --help` shows how it is called"
 	case jobs.CodeNoVM:
 		return exitNotFound, "name a QEMU that runs on this host: by its guest name (-name), --uuid or --pid; seeing other users' machines needs root"
 	case jobs.CodeAmbiguous:
@@ -51,7 +51,7 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeUnreachable:
 		return exitNotFound, "name a QMP socket that no other client holds with --monitor, or libvirt's with --libvirt"
 	case jobs.CodeNotFound:
-		return exitNotFound, "`vmckpt list` shows the images of a repository, `vmckpt init` makes one"
+		return exitNotFound, "`vmckpt list` shows the images there are; `vmckpt init` makes a repository and a key file"
 	case jobs.CodeExists:
 		return exitUsage, "choose another name"
 	case jobs.CodeKey:
@@ -120,6 +120,9 @@ func (e *reported) Unwrap() error { return e.error }
 func (p *program) fail(err error) int {
 	f := describe(err)
 	exit, _ := exitAndHint(f.Code)
+	if f.Code == codeUsage && p.called != "" {
+		f.Hint = fmt.Sprintf("`%s --help` shows how it is called", p.called)
+	}
 	var told *reported
 	if !errors.As(err, &told) {
 		p.complain(err)

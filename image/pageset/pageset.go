@@ -1,7 +1,3 @@
-// Package pageset holds sets of pages: one bit a page, walked in runs.
-//
-// A [Set] is what the stages of a capture pass to one another: the dirty set, the pending set, the holes. It is dense,
-// since a dirty set is dense where it matters: 32 KiB for each GiB of guest memory, whatever it holds.
 package pageset
 
 import (

@@ -29,7 +29,7 @@ type Options struct {
 	// memory is lost already: it is for callers that have verified the image a moment ago.
 	SkipVerify bool
 
-	// RecordDir is where the node keeps session records and the marks of invalid memory; default [DefaultRecordDir].
+	// RecordDir is where the node keeps session records and the marks of invalid memory; default [dirty.DefaultRecordDir].
 	RecordDir string
 
 	// Parallel is how many threads put memory in; default one for each processor.
@@ -45,9 +45,6 @@ type Options struct {
 	// Hooks are for tests.
 	Hooks Hooks
 }
-
-// DefaultRecordDir is where session records and marks are kept: gone after a boot, like the processes they are about.
-const DefaultRecordDir = dirty.DefaultRecordDir
 
 // Hooks let a test look and interfere. Each may be nil; an error ends the restore.
 type Hooks struct {
@@ -89,7 +86,7 @@ var Steps = []Step{
 
 func (o Options) withDefaults() Options {
 	if o.RecordDir == "" {
-		o.RecordDir = DefaultRecordDir
+		o.RecordDir = dirty.DefaultRecordDir
 	}
 	if o.Settle == 0 {
 		o.Settle = 100 * time.Millisecond

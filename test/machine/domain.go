@@ -40,7 +40,7 @@ func (l *Libvirt) describe(ctx context.Context, m *Machine) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := usableAccel(o.Accel); err != nil {
+	if err := UsableAccel(o.Accel); err != nil {
 		return "", err
 	}
 	cache, err := CacheDir()

@@ -181,7 +181,7 @@ func (l *Libvirt) Launch(ctx context.Context, o Options) (_ *Machine, err error)
 	if err != nil {
 		return nil, err
 	}
-	m.Socket = l.socket
+	m.Socket, m.Domain = l.socket, o.Name
 	if err := chownAll(m.dir); err != nil {
 		return nil, errors.Join(err, m.Close())
 	}
@@ -191,7 +191,7 @@ func (l *Libvirt) Launch(ctx context.Context, o Options) (_ *Machine, err error)
 	}
 	if err == nil {
 		err = m.await(ctx, func(ctx context.Context) (qemu.Monitor, error) {
-			return qemu.DialLibvirt(ctx, l.socket, o.Name)
+			return m.Dial(ctx)
 		})
 	}
 	if err != nil {
@@ -199,6 +199,15 @@ func (l *Libvirt) Launch(ctx context.Context, o Options) (_ *Machine, err error)
 		return nil, errors.Join(err, m.Close())
 	}
 	return m, nil
+}
+
+// Resume has the daemon resume a machine, as whoever manages domains does: the daemon goes by its own idea of the machine's state.
+func (l *Libvirt) Resume(name string) error {
+	domain, err := l.rpc.DomainLookupByName(name)
+	if err != nil {
+		return err
+	}
+	return l.rpc.DomainResume(domain)
 }
 
 // chownAll gives a directory and the files in it to the daemon's user.

@@ -24,6 +24,9 @@ type Machine struct {
 	// Socket is what the product may connect to: a QMP socket, or libvirt's where libvirt started the machine.
 	Socket string
 
+	// Domain is what libvirt knows the machine by; "" where it was started without.
+	Domain string
+
 	options Options
 	dir     string
 	process *process
@@ -105,7 +108,7 @@ func Launch(ctx context.Context, o Options) (_ *Machine, err error) {
 			err = fmt.Errorf("start machine %s: %w", o.Name, err)
 		}
 	}()
-	if err := usableAccel(o.Accel); err != nil {
+	if err := UsableAccel(o.Accel); err != nil {
 		return nil, err
 	}
 	binary, err := FindQEMU(ctx, o.QEMU)
@@ -139,6 +142,34 @@ func Launch(ctx context.Context, o Options) (_ *Machine, err error) {
 		return nil, errors.Join(err, m.Close())
 	}
 	return m, nil
+}
+
+// Available returns what keeps a machine from being started here, as an *[Unavailable], or nil. It makes the guest's files, as starting does.
+func Available(ctx context.Context, o Options) error {
+	o, err := o.withDefaults()
+	if err != nil {
+		return err
+	}
+	if err := UsableAccel(o.Accel); err != nil {
+		return err
+	}
+	if _, err := FindQEMU(ctx, o.QEMU); err != nil {
+		return err
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "vmckpt-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	_, err = o.Guest.prepare(&preparation{ctx: ctx, options: o, cache: filepath.Join(cache, guestCache), dir: dir})
+	if errors.Is(err, exec.ErrNotFound) {
+		err = &Unavailable{err.Error()}
+	}
+	return err
 }
 
 // run starts QEMU.
@@ -177,6 +208,14 @@ func (m *Machine) await(ctx context.Context, dial func(context.Context) (qemu.Mo
 		return nil
 	}
 	return m.Ready(ctx)
+}
+
+// Dial connects to the machine the product's way: to its QMP socket, which takes one client at a time, or through libvirt.
+func (m *Machine) Dial(ctx context.Context) (qemu.Monitor, error) {
+	if m.Domain != "" {
+		return qemu.DialLibvirt(ctx, m.Socket, m.Domain)
+	}
+	return qemu.DialUnix(ctx, m.Socket)
 }
 
 // Ready waits until the guest is at work: it said so on its serial console.

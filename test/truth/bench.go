@@ -28,10 +28,18 @@ type Bench struct {
 	n int
 }
 
+// keys are those of all repositories here.
+var keys = image.Keys{Secret: [32]byte{1, 2, 3}}
+
 // NewBench starts a machine, which ends with the test.
 func NewBench(t testing.TB, o machine.Options) *Bench {
 	t.Helper()
-	m := machine.Start(t, o)
+	return NewBenchOf(t, machine.Start(t, o))
+}
+
+// NewBenchOf puts a machine that was started under test.
+func NewBenchOf(t testing.TB, m *machine.Machine) *Bench {
+	t.Helper()
 	process, err := qemu.Find(t.Context(), qemu.Selector{PID: m.PID})
 	if err != nil {
 		t.Fatal(err)
@@ -40,7 +48,7 @@ func NewBench(t testing.TB, o machine.Options) *Bench {
 	if err := image.InitRepository(dir); err != nil {
 		t.Fatal(err)
 	}
-	repo, err := image.OpenRepository(dir, image.Keys{Secret: [32]byte{1, 2, 3}})
+	repo, err := image.OpenRepository(dir, keys)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,12 +62,12 @@ func NewBench(t testing.TB, o machine.Options) *Bench {
 	return b
 }
 
-// Connect connects to the machine's monitor, which takes one client at a time.
+// Connect connects to the machine's monitor, which takes one client at a time where it is a socket of QEMU's own.
 func (b *Bench) Connect() {
 	b.T.Helper()
 	ctx, cancel := context.WithTimeout(b.T.Context(), 10*time.Second)
 	defer cancel()
-	monitor, err := qemu.DialUnix(ctx, b.Machine.Socket)
+	monitor, err := b.Machine.Dial(ctx)
 	if err != nil {
 		b.T.Fatal(err)
 	}
