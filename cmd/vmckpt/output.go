@@ -45,6 +45,9 @@ func (p *program) encode(v any) {
 	}
 }
 
+// tell writes to people beside the answer.
+func (p *program) tell(format string, args ...any) { fmt.Fprintf(p.stderr, format, args...) }
+
 func (p *program) printf(format string, args ...any) { fmt.Fprintf(p.stdout, format, args...) }
 
 // table prints rows of cells, the first row being the heads; empty ones at the end of a row leave nothing behind.

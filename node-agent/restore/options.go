@@ -14,6 +14,11 @@ type Target struct {
 	Monitor qemu.Monitor
 }
 
+// session names the process as session records do.
+func (t Target) session() dirty.Process {
+	return dirty.Process{PID: t.Process.PID, StartTime: t.Process.StartTime}
+}
+
 // Options say how an image is restored. The zero value restores into a machine that stands still, and leaves it so.
 type Options struct {
 	// InPlace allows a machine that runs to be stopped, and what it is doing to be lost.
