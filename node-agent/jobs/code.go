@@ -74,7 +74,7 @@ func CodeOf(err error) Code {
 	case errors.Is(err, capture.ErrStopped), errors.Is(err, capture.ErrMigrating), as[*restore.StateError](err) != nil:
 		return CodeState
 	case as[*capture.ResidueError](err) != nil, as[*capture.AttemptsError](err) != nil,
-		as[*capture.UnrestfulError](err) != nil, errors.Is(err, restore.ErrResumed):
+		as[*capture.UnrestfulError](err) != nil, errors.Is(err, restore.ErrResumed), errors.Is(err, restore.ErrMigrating):
 		return CodeUnsteady
 	case errors.Is(err, capture.ErrNoParent), as[*image.ParentError](err) != nil: // before its cause: the image asked for is not the damaged one
 		return CodeParent

@@ -44,6 +44,7 @@ func TestCodes(t *testing.T) {
 		{&qemu.LayoutError{}, CodeRefused},
 		{&capture.StateError{State: qemu.StateIOError}, CodeState},
 		{capture.ErrMigrating, CodeState},
+		{restore.ErrMigrating, CodeUnsteady},
 		{&restore.StateError{State: qemu.StateRunning}, CodeState},
 		{&capture.AttemptsError{Last: errors.New("disturbed")}, CodeUnsteady},
 		{&capture.AttemptsError{Last: &image.SpaceError{}}, CodeUnsteady},

@@ -16,6 +16,9 @@ var (
 
 	// ErrResumed: somebody else resumed the machine during the restore.
 	ErrResumed = errors.New("the machine was resumed by somebody else")
+
+	// ErrMigrating: somebody else has begun to migrate the machine during the restore.
+	ErrMigrating = errors.New("a migration of the machine was begun by somebody else")
 )
 
 // StateError says that the machine is in a state in which it cannot be restored into, or continued. Running machines are an [ErrNotPaused].

@@ -40,7 +40,7 @@ type restore struct {
 }
 
 // Run restores an image into the target. The errors to act on are [*image.DamageError] and [*MismatchError], [*StateError] ([ErrNotPaused]),
-// [dirty.ErrBusy], [dirty.ErrGone] and [ErrResumed]. Whatever the error, the machine is as it was before, but for three:
+// [dirty.ErrBusy], [dirty.ErrGone], [ErrResumed] and [ErrMigrating]. Whatever the error, the machine is as it was before, but for three:
 //
 //   - [*InvalidMemoryError]: it stands still with its memory half written, is marked so ([Invalid]), and waits for the next restore.
 //   - [*RestoredError]: it is restored, all of it, and was to run and does not.
@@ -114,7 +114,7 @@ func (r *restore) withMachine(parent context.Context) (err error) {
 	}
 	defer dir.Close()
 
-	r.watch = startWatch(r.target.Monitor, cancel)
+	r.watch = startWatch(ctx, r.target.Monitor, cancel)
 	r.watch.marked.Store(r.invalid)
 	err = r.replace(ctx, dir)
 	seen := r.watch.end()
