@@ -147,10 +147,10 @@ func (p *program) fail(err error) int {
 func (p *program) complain(err error) {
 	if codeOf(err) == jobs.CodeInterrupted {
 		// Not all of it may be about the interruption.
-		p.tell("interrupted: %s\n", indent(err.Error(), len("interrupted: ")))
+		fmt.Fprintf(p.stderr, "interrupted: %s\n", indent(visible(err.Error()), len("interrupted: ")))
 		return
 	}
-	p.tell("error: %s\n", indent(err.Error(), len("error: ")))
+	fmt.Fprintf(p.stderr, "error: %s\n", indent(visible(err.Error()), len("error: ")))
 }
 
 // indent puts the lines of a text beneath the first one, which has something before it.
