@@ -104,6 +104,7 @@ func (p *program) capture(ctx context.Context, r jobs.CaptureRequest) (err error
 	})
 	p.workers.ended()
 	meter.end()
+	p.warnStopped(r.RecordDir, process)
 	if err != nil {
 		return err
 	}

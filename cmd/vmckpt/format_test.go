@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -140,5 +142,15 @@ lone
 `
 	if got.String() != want {
 		t.Errorf("got:\n%swant:\n%s", got.String(), want)
+	}
+}
+
+// TestInterruptedSaysAllThatIsKnown keeps what an error says beside the interruption.
+func TestInterruptedSaysAllThatIsKnown(t *testing.T) {
+	var stderr strings.Builder
+	p := &program{stderr: &stderr}
+	p.complain(errors.Join(context.Canceled, errors.New("and the volume is gone")))
+	if got := stderr.String(); got != "interrupted: context canceled\n             and the volume is gone\n" {
+		t.Errorf("%q", got)
 	}
 }

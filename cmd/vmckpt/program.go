@@ -44,11 +44,18 @@ const (
 // run does what the arguments say and returns the exit code.
 func (p *program) run(ctx context.Context, args []string) int {
 	p.output, p.progress = outputText, progressAuto
+	stdout := &answerWriter{Writer: p.stdout}
+	p.stdout = stdout
 	ctx, stop := p.interruptible(ctx)
 	defer stop()
 	root := p.command()
 	root.SetArgs(args)
 	c, err := root.ExecuteContextC(ctx)
+	if err == nil && stdout.err != nil {
+		p.complain(fmt.Errorf("write the answer: %w", stdout.err))
+		p.tell("hint: what was asked for is done; its answer is not whole\n")
+		return exitUnexpected
+	}
 	if err == nil {
 		return 0
 	}

@@ -77,6 +77,9 @@ func (p *program) restore(ctx context.Context, r jobs.RestoreRequest) (err error
 	})
 	p.workers.ended()
 	meter.end()
+	if codeOf(err) != jobs.CodeStopped { // which says it
+		p.warnStopped(r.RecordDir, process)
+	}
 	if err != nil {
 		return err
 	}

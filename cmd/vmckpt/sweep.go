@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/node-agent/restore"
 )
 
@@ -55,6 +56,16 @@ func (p *program) sweep(ctx context.Context, olderThan time.Duration, recordDir 
 	marks, err := restore.Sweep(recordDir)
 	if err != nil {
 		return err
+	}
+	stops, err := restore.Stops(recordDir)
+	if err != nil {
+		return err
+	}
+	for _, stop := range stops {
+		process, err := qemu.Find(ctx, qemu.Selector{PID: stop.Process.PID})
+		if err == nil && process.StartTime == stop.Process.StartTime {
+			p.warnStopped(recordDir, process)
+		}
 	}
 	answer := sweepJSON{Repository: p.repository, Removed: append([]string{}, removed...), Processes: max(records, marks)}
 	p.answer(answer, func() {

@@ -14,6 +14,11 @@ type Target struct {
 	Monitor qemu.Monitor
 }
 
+// session names the process as session records do.
+func (t Target) session() dirty.Process {
+	return dirty.Process{PID: t.Process.PID, StartTime: t.Process.StartTime}
+}
+
 // Options say how an image is restored. The zero value restores into a machine that stands still, and leaves it so.
 type Options struct {
 	// InPlace allows a machine that runs to be stopped, and what it is doing to be lost.
@@ -53,6 +58,9 @@ type Hooks struct {
 
 	// Write is called before memory is written, from several goroutines.
 	Write func(block string, run pageset.Run) error
+
+	// Harvested is called after the load, each time between taking what was written and starting over.
+	Harvested func() error
 }
 
 // Step names a point in the course of a restore.
@@ -97,4 +105,12 @@ func (o Options) step(s Step) error {
 		return nil
 	}
 	return o.Hooks.Step(s)
+}
+
+// harvested calls the test's hook.
+func (o Options) harvested() error {
+	if o.Hooks.Harvested == nil {
+		return nil
+	}
+	return o.Hooks.Harvested()
 }
