@@ -53,8 +53,8 @@ test: setup ## All tests, on real machines too (under 25 minutes)
 
 .PHONY: soak
 soak: setup ## Thousands of random instants against the truth, faults many times over
-	go test -timeout 0 ./test/truth -instants $(SOAK_INSTANTS)
-	go test -timeout 0 ./test/faults -repeat $(SOAK_REPEAT)
+	go run ./hack/gotest -timeout 0 ./test/truth -instants $(SOAK_INSTANTS)
+	go run ./hack/gotest -timeout 0 ./test/faults -repeat $(SOAK_REPEAT)
 
 .PHONY: bench
 bench: setup ## What it costs, beside QEMU's own ways

@@ -3,10 +3,14 @@ package image
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"reflect"
 	"testing"
+
+	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zstd"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
 )
@@ -169,24 +173,23 @@ func FuzzIndex(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		hasher := newTagHasher(keys)
-		content := s.fileHeader(hasher, ID{2})
+		content := s.fileHeader(ID{2})
 		seal := func(kind recordKind, payload []byte) int64 {
 			at := int64(len(content))
 			record := make([]byte, recordHeaderBytes)
 			recordHeader{kind: kind, raw: uint32(len(payload)), stored: uint32(len(payload))}.encode(record)
 			record = append(append(record, payload...), make([]byte, tagBytes)...)
-			s.seal(hasher, record, at)
+			s.seal(record, at)
 			content = append(content, record...)
 			return at
 		}
 		seal(segmentRecord, segment)
 		at := seal(directoryRecord, directory)
-		x, err := openIndex(newRecordReader(keys), newBytesFile(s, content), at, fuzzBlocks, fuzzData)
+		x, err := openIndex(new(recordReader), newBytesFile(s, content), at, fuzzBlocks, fuzzData)
 		if err != nil {
 			return
 		}
-		c := x.cursor(keys)
+		c := x.cursor()
 		c.find(0, 5)
 		c.find(3, 0)
 		all := c.all()
@@ -205,8 +208,8 @@ func FuzzRecord(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		file, reader := newBytesFile(s, content), newRecordReader(keys)
-		if file.checkHeader(reader.hasher, ID{2}) == nil {
+		file, reader := newBytesFile(s, content), new(recordReader)
+		if file.checkHeader(ID{2}) == nil {
 			t.Fatal("a file header that nobody wrote")
 		}
 		if len(content) < fileHeaderBytes+recordHeaderBytes {
@@ -219,47 +222,98 @@ func FuzzRecord(f *testing.F) {
 	})
 }
 
-// FuzzFrame seals a frame with any header and payload: it is read as what the index says, or not at all.
+// FuzzFrame seals a frame with any header and payload, and reads it by any entry of an index: it is read as what the index and the header
+// say, or refused.
 func FuzzFrame(f *testing.F) {
 	c, err := newCompressor(Zstd)
 	if err != nil {
 		f.Fatal(err)
 	}
 	page := append(bytes.Repeat([]byte("page "), 100), make([]byte, 2*pageset.PageBytes-500)...)
-	zstd, _ := c.append(nil, page)
+	byZstd, _ := c.append(nil, page)
 	c, _ = newCompressor(S2)
-	s2, _ := c.append(nil, page)
-	f.Add(uint8(Zstd), uint8(2), uint32(len(page)), zstd)
-	f.Add(uint8(S2), uint8(2), uint32(len(page)), s2)
-	f.Add(uint8(None), uint8(2), uint32(len(page)), page)
+	byS2, _ := c.append(nil, page)
+	for how, payload := range map[Compression][]byte{Zstd: byZstd, S2: byS2, None: page} {
+		f.Add(uint8(how), uint8(2), uint32(len(page)), uint8(7), payload, uint8(2), uint8(7))
+		f.Add(uint8(how), uint8(2), uint32(len(page)), uint8(7), payload, uint8(3), uint8(7))
+		f.Add(uint8(how), uint8(2), uint32(len(page)), uint8(7), payload, uint8(2), uint8(8))
+		f.Add(uint8(how), uint8(1), uint32(pageset.PageBytes), uint8(0), payload, uint8(1), uint8(0))
+	}
 	keys := fuzzKeys()
-	f.Fuzz(func(t *testing.T, how, items uint8, raw uint32, payload []byte) {
+	f.Fuzz(func(t *testing.T, how, items uint8, raw uint32, first uint8, payload []byte, pages, ordinal uint8) {
 		s, err := newSealer(keys, pagesFile, ID{1}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
-		reader := newRecordReader(keys)
+		reader := new(recordReader)
 		defer reader.close()
-		content := s.fileHeader(reader.hasher, ID{2})
+		content := s.fileHeader(ID{2})
 		record := make([]byte, recordHeaderBytes)
-		recordHeader{kind: frameRecord, compression: Compression(how), items: items, raw: raw, stored: uint32(len(payload))}.encode(record)
+		header := recordHeader{
+			kind: frameRecord, compression: Compression(how), items: items, raw: raw, stored: uint32(len(payload)), first: uint64(first),
+		}
+		header.encode(record)
 		record = append(append(record, payload...), make([]byte, tagBytes)...)
-		s.seal(reader.hasher, record, fileHeaderBytes)
+		s.seal(record, fileHeaderBytes)
 		file := newBytesFile(s, append(content, record...))
+		decoded, sound := decodedBy(header.compression, payload)
+		sound = sound && len(decoded) == int(raw) && len(payload) <= len(decoded) && (how == uint8(None)) == (len(payload) == len(decoded))
 
 		frames := &frameReader{reader: reader, file: func(uint32) (*sealedFile, error) { return file, nil }}
 		const guard = 0xa5
 		room := bytes.Repeat([]byte{guard}, frameRawBytes+pageset.PageBytes)
-		pages := min(max(items, 1), framePages)
+		pages = min(max(pages, 1), framePages) // as decoding an index makes sure
 		n := int(pages) * pageset.PageBytes
-		frames.read(frame{pages: pages, stored: uint32(len(payload)), offset: fileHeaderBytes}, room[:n])
+		err = frames.read(frame{pages: pages, stored: uint32(len(payload)), offset: fileHeaderBytes, ordinal: uint64(ordinal)}, room[:n])
 		if !bytes.Equal(room[n:n+pageset.PageBytes], bytes.Repeat([]byte{guard}, pageset.PageBytes)) {
 			t.Fatal("wrote behind the frame")
 		}
+		checkRead(t, err, sound && items == pages && first == ordinal && int(raw) == n, room[:n], decoded)
+
 		if raw <= maxRawBytes/64 {
-			reader.readRaw(file, frameRecord, fileHeaderBytes, int64(len(record)), maxRawBytes)
+			_, got, err := reader.readRaw(file, frameRecord, fileHeaderBytes, int64(len(record)), maxRawBytes)
+			checkRead(t, err, sound, got, decoded)
 		}
 	})
+}
+
+// checkRead judges what came of reading a record that is, or is not, what it should be.
+func checkRead(t *testing.T, err error, sound bool, got, want []byte) {
+	t.Helper()
+	var damage *DamageError
+	switch {
+	case err != nil && !errors.As(err, &damage):
+		t.Fatalf("refused by another error than that it is damaged: %v", err)
+	case err != nil && sound:
+		t.Fatalf("a sound record is refused: %v", err)
+	case err == nil && !sound:
+		t.Fatal("read, and it is not what it should be")
+	case err == nil && !bytes.Equal(got, want):
+		t.Fatal("read as something else")
+	}
+}
+
+// decodedBy decompresses a payload with the compressor's library alone, to whatever length that gives.
+func decodedBy(how Compression, payload []byte) ([]byte, bool) {
+	switch how {
+	case None:
+		return payload, true
+	case Zstd:
+		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxRawBytes))
+		if err != nil {
+			return nil, false
+		}
+		defer d.Close()
+		decoded, err := d.DecodeAll(payload, nil)
+		return decoded, err == nil
+	case S2:
+		if n, err := s2.DecodedLen(payload); err != nil || n > maxRawBytes {
+			return nil, false
+		}
+		decoded, err := s2.Decode(nil, payload)
+		return decoded, err == nil
+	}
+	return nil, false
 }
 
 func FuzzKeys(f *testing.F) {

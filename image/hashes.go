@@ -1,6 +1,8 @@
 package image
 
 import (
+	"hash"
+
 	"github.com/minio/highwayhash"
 )
 
@@ -18,6 +20,15 @@ type pageHash [hashBytes]byte
 // hashPage is HighwayHash-128 under the key for page hashes. Two pages with one hash are taken to be equal: without the
 // key nobody can make such a pair, and by chance there is none in 2^64 pages.
 func (d *derived) hashPage(page []byte) pageHash { return highwayhash.Sum128(page, d.page[:]) }
+
+// newFileDigest returns what takes the [Digest] of a file.
+func (d *derived) newFileDigest() hash.Hash {
+	h, err := highwayhash.New(d.file[:])
+	if err != nil {
+		panic(err) // only a key of another length than 32 is refused
+	}
+	return h
+}
 
 // hashesFileBytes returns the size of the hashes' file for that many pages.
 func hashesFileBytes(pages uint64) int64 {

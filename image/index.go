@@ -290,8 +290,8 @@ type cursor struct {
 	held    int // number of the segment in extents; -1: none
 }
 
-func (x *index) cursor(keys *derived) *cursor {
-	return &cursor{index: x, reader: newRecordReader(keys), coder: newSegmentCoder(len(x.data)), held: -1}
+func (x *index) cursor() *cursor {
+	return &cursor{index: x, reader: new(recordReader), coder: newSegmentCoder(len(x.data)), held: -1}
 }
 
 func (c *cursor) load(n int) error {

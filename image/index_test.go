@@ -114,7 +114,7 @@ func writeTestIndex(t *testing.T, r *Repository, blocks []BlockInfo, data []data
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	x, err := openIndex(newRecordReader(&r.keys), &sealedFile{sealer: s, name: "index", file: f, size: info.Bytes}, directory, blocks, data)
+	x, err := openIndex(new(recordReader), &sealedFile{sealer: s, name: "index", file: f, size: info.Bytes}, directory, blocks, data)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,7 +149,7 @@ func TestIndexOfManySegments(t *testing.T) {
 	if len(x.segments) != 4 {
 		t.Errorf("%d segments, want 4", len(x.segments))
 	}
-	c := x.cursor(&r.keys)
+	c := x.cursor()
 	if diff := cmp.Diff(extents, collect(t, c.all()), cmp.AllowUnexported(extent{}, frame{})); diff != "" {
 		t.Fatalf("(-want +got):\n%s", diff)
 	}
@@ -170,7 +170,7 @@ func TestIndexWithAGap(t *testing.T) {
 	r := newRepository(t, testKeys(false))
 	blocks := []BlockInfo{{"a", 40 * pageset.PageBytes}}
 	x := writeTestIndex(t, r, blocks, nil, []extent{{count: 39, kind: Evicted}})
-	c := x.cursor(&r.keys)
+	c := x.cursor()
 	src := c.all()
 	var err error
 	for ok := true; ok && err == nil; {

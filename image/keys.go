@@ -135,8 +135,9 @@ func ParseKeys(text []byte) (Keys, error) {
 // derived are the keys in use, each for one purpose, so that no output under one is of use under another.
 type derived struct {
 	mac   [32]byte // manifests
-	tag   [32]byte // records and file headers
+	tag   [32]byte // plain records, and file headers
 	page  [32]byte // page hashes
+	file  [32]byte // digests of files
 	check [32]byte // key checks: what tells a wrong key from damage
 	aead  *[32]byte
 }
@@ -146,6 +147,7 @@ const (
 	contextMAC   = "vmckpt.io 2026 image v1 manifest MAC"
 	contextTag   = "vmckpt.io 2026 image v1 record tag"
 	contextPage  = "vmckpt.io 2026 image v1 page hash"
+	contextFile  = "vmckpt.io 2026 image v1 file digest"
 	contextCheck = "vmckpt.io 2026 image v1 key check"
 	contextAEAD  = "vmckpt.io 2026 image v1 record encryption"
 )
@@ -155,6 +157,7 @@ func derive(keys Keys) derived {
 	blake3.DeriveKey(contextMAC, keys.Secret[:], d.mac[:])
 	blake3.DeriveKey(contextTag, keys.Secret[:], d.tag[:])
 	blake3.DeriveKey(contextPage, keys.Secret[:], d.page[:])
+	blake3.DeriveKey(contextFile, keys.Secret[:], d.file[:])
 	blake3.DeriveKey(contextCheck, keys.Secret[:], d.check[:])
 	if keys.Encryption != nil {
 		// Of both, so that the encryption key alone does not make anything authentic.

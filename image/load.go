@@ -26,8 +26,10 @@ type LoadOptions struct {
 }
 
 const (
-	// spanPages bounds a Span with data: 1 MiB, the size at which writing into another process is fastest.
-	spanPages = 256
+	// spanPages is how much of a block is one piece of work, from multiples of it on: 2 MiB, a huge page. Were it put into memory by
+	// two workers at once, both would clear a page for it. A frame that goes beyond the multiple belongs to the piece that it begins in.
+	spanPages = 512
+	spanBytes = (spanPages + framePages - 1) * pageset.PageBytes
 	// loadExtents bounds how many extents are handed to a worker at once.
 	loadExtents = 512
 )
@@ -69,19 +71,20 @@ func (i *Image) Load(ctx context.Context, options LoadOptions, sink func(Span) e
 	return group.Wait()
 }
 
-// pieces reads the index and cuts it into pieces of work: extents whose stored pages fit a span, or a number of others.
+// pieces reads the index and cuts it into pieces of work: extents whose stored pages are of one span, or a number of others.
 func (i *Image) pieces(ctx context.Context, options LoadOptions, out chan<- []extent) error {
-	c := i.index.cursor(i.keys)
+	c := i.index.cursor()
 	defer c.reader.close()
 	var piece []extent
-	stored := uint64(0)
+	const none = ^uint64(0)
+	at := none // which span of their block the stored pages of the piece belong to
 	flush := func() error {
 		if len(piece) == 0 {
 			return nil
 		}
 		select {
 		case out <- piece:
-			piece, stored = nil, 0
+			piece, at = nil, none
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
@@ -99,16 +102,16 @@ func (i *Image) pieces(ctx context.Context, options LoadOptions, out chan<- []ex
 		if options.Block != nil && !options.Block(int(e.block)) {
 			continue
 		}
-		var n uint64
+		span := at
 		if e.kind == Stored {
-			n = e.count
+			span = e.first / spanPages
 		}
-		if stored+n > spanPages || len(piece) == loadExtents {
+		if len(piece) == loadExtents || at != none && span != at {
 			if err := flush(); err != nil {
 				return err
 			}
 		}
-		piece, stored = append(piece, e), stored+n
+		piece, at = append(piece, e), span
 	}
 }
 
@@ -127,7 +130,7 @@ type framePart struct {
 }
 
 func newLoader(i *Image, sink func(Span) error) *loader {
-	return &loader{frames: newFrameReader(i), sink: sink, span: make([]byte, spanPages*pageset.PageBytes)}
+	return &loader{frames: newFrameReader(i), sink: sink, span: make([]byte, spanBytes)}
 }
 
 func (w *loader) close() { w.frames.close() }
@@ -194,7 +197,7 @@ type frameReader struct {
 }
 
 func newFrameReader(i *Image) *frameReader {
-	return &frameReader{reader: newRecordReader(i.keys), file: i.dataFile}
+	return &frameReader{reader: new(recordReader), file: i.dataFile}
 }
 
 func (r *frameReader) close() { r.reader.close() }

@@ -5,8 +5,6 @@ import (
 	"encoding/binary"
 	"slices"
 
-	"github.com/zeebo/blake3"
-
 	"github.com/vmckpt/vmckpt/image/pageset"
 )
 
@@ -25,7 +23,6 @@ const packedBytes = BatchBytes + BatchPages*recordOverhead + frameRawBytes/4
 type packer struct {
 	*Writer
 	comp   *compressor
-	tagger *blake3.Hasher
 	parent *parentReader // nil: a base
 
 	// Of the batch at hand.
@@ -40,7 +37,7 @@ func newPacker(w *Writer) (*packer, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &packer{Writer: w, comp: comp, tagger: newTagHasher(&w.repository.keys)}
+	p := &packer{Writer: w, comp: comp}
 	if w.parent != nil {
 		p.parent = w.parent.reader()
 	}
@@ -91,7 +88,7 @@ func (p *packer) sort(j job) ([]byte, error) {
 	p.entries, p.pages, p.hashes = p.entries[:0], p.pages[:0], p.hashes[:0]
 	block := uint32(b.Block)
 	keys := &p.repository.keys
-	var uniform, unchanged uint64
+	var uniform, unchanged, rewritten uint64
 	kept := 0
 	for i, page := range b.Pages {
 		content := b.Data[i*pageset.PageBytes:][:pageset.PageBytes:pageset.PageBytes]
@@ -101,11 +98,13 @@ func (p *packer) sort(j job) ([]byte, error) {
 			hash = keys.hashPage(content)
 		}
 		if p.parent != nil && !j.rewrite {
-			equal, err := p.parent.has(block, page, same, word, hash)
+			equal, stay, err := p.parent.has(block, page, same, word, hash)
 			if err != nil {
 				return nil, err
 			}
-			if equal {
+			if equal && !stay {
+				rewritten++
+			} else if equal {
 				unchanged++
 				p.note(extent{block: block, first: page, count: 1, kind: inherited})
 				continue
@@ -124,6 +123,7 @@ func (p *packer) sort(j job) ([]byte, error) {
 	}
 	p.uniform.Add(uniform)
 	p.unchanged.Add(unchanged)
+	p.rewritten.Add(rewritten)
 	return b.Data[:kept*pageset.PageBytes], nil
 }
 
@@ -174,7 +174,7 @@ func (p *packer) place(out *packed, block uint32) {
 		h := decodeRecordHeader(record)
 		h.number, h.first = number, ordinal
 		h.encode(record)
-		p.dataSealer.seal(p.tagger, record[:size], offset)
+		p.dataSealer.seal(record[:size], offset)
 
 		f := frame{file: ownFile, pages: h.items, stored: h.stored, offset: offset, ordinal: ordinal}
 		for slot, page := range pages[:h.items] {

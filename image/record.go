@@ -9,8 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-
-	"github.com/zeebo/blake3"
 )
 
 // Every file of an image but its manifest is a file header followed by records, and nothing between or behind them.
@@ -111,96 +109,79 @@ func decodeRecordHeader(src []byte) recordHeader {
 // total returns the record's length in the file.
 func (h recordHeader) total() int64 { return recordOverhead + int64(h.stored) }
 
-// sealer makes and checks the tags of one file. It is safe for concurrent use; the hasher it is given is not.
+// sealer makes and checks the tags of one file, by AES-GCM under a key of the file's own: of an encrypted file the payload is
+// encrypted and the header additional data, of a plain one (GMAC) both are additional data. It is safe for concurrent use.
 type sealer struct {
-	kind fileKind
-	id   ID
-	aead cipher.AEAD // nil: written plain
+	kind      fileKind
+	id        ID
+	encrypted bool
+	tag       *[32]byte // the key for file headers
+	aead      cipher.AEAD
 }
 
 func newSealer(keys *derived, kind fileKind, n ID, encrypted bool) (*sealer, error) {
-	s := &sealer{kind: kind, id: n}
-	if !encrypted {
-		return s, nil
+	key := &keys.tag
+	if encrypted {
+		if key = keys.aead; key == nil {
+			return nil, errNoEncryptionKey
+		}
 	}
-	if keys.aead == nil {
-		return nil, errNoEncryptionKey
-	}
-	block, err := aes.NewCipher(keyedHash(keys.aead, 32, kind[:], n[:]))
+	block, err := aes.NewCipher(keyedHash(key, 32, kind[:], n[:]))
 	if err != nil {
 		return nil, err
 	}
-	s.aead, err = cipher.NewGCM(block)
-	return s, err
+	aead, err := cipher.NewGCM(block)
+	if err != nil {
+		return nil, err
+	}
+	return &sealer{kind: kind, id: n, encrypted: encrypted, tag: &keys.tag, aead: aead}, nil
 }
 
 var errNoEncryptionKey = errors.New("encrypted, and no encryption key was given")
 
-// newTagHasher returns the hasher that seal and open want.
-func newTagHasher(keys *derived) *blake3.Hasher {
-	h, err := blake3.NewKeyed(keys.tag[:])
-	if err != nil {
-		panic(err) // only a key of another length than 32 is refused
-	}
-	return h
-}
-
-// tag returns the tag of a plain record.
-func (s *sealer) tag(h *blake3.Hasher, offset int64, headerAndPayload []byte) (tag [tagBytes]byte) {
-	var where [32]byte
-	copy(where[0:], s.kind[:])
-	binary.LittleEndian.PutUint64(where[8:], uint64(offset))
-	copy(where[16:], s.id[:])
-	h.Reset()
-	h.Write(where[:])
-	h.Write(headerAndPayload)
-	h.Digest().Read(tag[:])
-	return tag
-}
-
+// nonce of the record at offset. A place in a file is written once only, or again with the very same bytes, so that no nonce is ever
+// used for two records: with GCM that would give the key for tags away.
 func nonce(offset int64) (n [12]byte) {
 	binary.LittleEndian.PutUint64(n[:], uint64(offset))
 	return n
 }
 
-// seal completes a record that will stand at offset: it encrypts the payload where the file is encrypted and fills in the
-// tag. A place in a file is written once only, so that no nonce is ever used for two payloads.
-func (s *sealer) seal(h *blake3.Hasher, record []byte, offset int64) {
+// split returns what of a record is authenticated, and what is encrypted as well.
+func (s *sealer) split(record []byte) (additional, payload []byte) {
 	body := len(record) - tagBytes
-	if s.aead != nil {
-		n := nonce(offset)
-		s.aead.Seal(record[recordHeaderBytes:recordHeaderBytes], n[:], record[recordHeaderBytes:body], record[:recordHeaderBytes])
-		return
+	if s.encrypted {
+		return record[:recordHeaderBytes], record[recordHeaderBytes:body]
 	}
-	tag := s.tag(h, offset, record[:body])
-	copy(record[body:], tag[:])
+	return record[:body], record[body:body]
+}
+
+// seal completes a record that will stand at offset: it encrypts the payload where the file is encrypted and fills in the tag.
+func (s *sealer) seal(record []byte, offset int64) {
+	n := nonce(offset)
+	additional, payload := s.split(record)
+	s.aead.Seal(payload[:0], n[:], payload, additional)
 }
 
 // open checks a record read at offset, decrypts it in place, and reports whether it is what was sealed there.
-func (s *sealer) open(h *blake3.Hasher, record []byte, offset int64) bool {
-	if s.aead != nil {
-		n := nonce(offset)
-		_, err := s.aead.Open(record[recordHeaderBytes:recordHeaderBytes], n[:], record[recordHeaderBytes:], record[:recordHeaderBytes])
-		return err == nil
-	}
-	body := len(record) - tagBytes
-	tag := s.tag(h, offset, record[:body])
-	return subtle.ConstantTimeCompare(tag[:], record[body:]) == 1
+func (s *sealer) open(record []byte, offset int64) bool {
+	n := nonce(offset)
+	additional, payload := s.split(record)
+	_, err := s.aead.Open(payload[:0], n[:], record[len(additional):], additional)
+	return err == nil
 }
 
 // fileHeader returns the first bytes of the file.
-func (s *sealer) fileHeader(h *blake3.Hasher, repository ID) []byte {
+func (s *sealer) fileHeader(repository ID) []byte {
 	head := make([]byte, fileHeaderBytes)
 	copy(head[0:], fileMagic)
 	copy(head[8:], s.kind[:])
-	if s.aead != nil {
+	if s.encrypted {
 		head[12] = 1
 	}
 	copy(head[16:], s.id[:])
 	copy(head[32:], repository[:])
-	h.Reset()
-	h.Write(head[:fileHeaderBytes-tagBytes])
-	h.Digest().Read(head[fileHeaderBytes-tagBytes:])
+	body := fileHeaderBytes - tagBytes
+	copy(head[body:], keyedHash(s.tag, tagBytes, head[:body]))
 	return head
 }
 
@@ -224,12 +205,12 @@ func (f *sealedFile) damage(offset int64, what string, args ...any) *DamageError
 }
 
 // checkHeader reads the file header and compares it, byte by byte, with the only one that this file can have.
-func (f *sealedFile) checkHeader(h *blake3.Hasher, repository ID) error {
+func (f *sealedFile) checkHeader(repository ID) error {
 	got := make([]byte, fileHeaderBytes)
 	if err := f.readFull(got, 0); err != nil {
 		return err
 	}
-	want := f.fileHeader(h, repository)
+	want := f.fileHeader(repository)
 	if subtle.ConstantTimeCompare(got, want) == 1 {
 		return nil
 	}
@@ -246,20 +227,14 @@ func (f *sealedFile) readFull(dst []byte, offset int64) error {
 	if n == len(dst) {
 		return nil
 	}
-	if errors.Is(err, io.EOF) {
-		return f.damage(offset+int64(n), "the file ends early")
-	}
-	return fmt.Errorf("image %s: read %s at byte %d: %w", f.image, f.name, offset, err)
+	return readError(f.image, f.name, offset+int64(n), err)
 }
 
 // recordReader reads records and opens them. Each goroutine has its own.
 type recordReader struct {
-	hasher *blake3.Hasher
 	decompressor
 	buf []byte
 }
-
-func newRecordReader(keys *derived) *recordReader { return &recordReader{hasher: newTagHasher(keys)} }
 
 // read reads the record of length bytes at offset, checks its tag, and returns its header and its payload as stored
 // (decrypted, not yet decompressed), valid until the next call. The caller has bounded length, and knows it from
@@ -275,7 +250,7 @@ func (r *recordReader) read(f *sealedFile, kind recordKind, offset, length int64
 	if err := f.readFull(buf, offset); err != nil {
 		return recordHeader{}, nil, err
 	}
-	if !f.open(r.hasher, buf, offset) {
+	if !f.open(buf, offset) {
 		return recordHeader{}, nil, f.damage(offset, "the tag does not match")
 	}
 	h := decodeRecordHeader(buf)

@@ -2,8 +2,7 @@ package image
 
 import (
 	"fmt"
-
-	"github.com/zeebo/blake3"
+	"hash"
 )
 
 // recordWriter writes one file of an image from its first byte to its last and takes its digest on the way.
@@ -11,9 +10,8 @@ type recordWriter struct {
 	*sealer
 	name   string // for errors
 	file   diskFile
-	tagger *blake3.Hasher
 	comp   *compressor
-	digest *blake3.Hasher
+	digest hash.Hash
 	offset int64  // of what is appended next
 	onDisk int64  // bytes written
 	buf    []byte // what comes behind them
@@ -33,8 +31,8 @@ func newRecordWriter(d disk, keys *derived, path string, s *sealer, repository I
 	if err != nil {
 		return nil, fmt.Errorf("create %s: %w", path, err)
 	}
-	w := &recordWriter{sealer: s, name: path, file: f, tagger: newTagHasher(keys), comp: comp, digest: blake3.New()}
-	w.write(s.fileHeader(w.tagger, repository))
+	w := &recordWriter{sealer: s, name: path, file: f, comp: comp, digest: keys.newFileDigest()}
+	w.write(s.fileHeader(repository))
 	return w, nil
 }
 
@@ -48,7 +46,7 @@ func (w *recordWriter) append(h recordHeader, raw []byte) error {
 	h.raw, h.stored = uint32(len(raw)), uint32(len(record)-recordHeaderBytes)
 	h.encode(record)
 	record = append(record, make([]byte, tagBytes)...)
-	w.seal(w.tagger, record, w.offset)
+	w.seal(record, w.offset)
 	return w.write(record)
 }
 
@@ -109,6 +107,6 @@ func (w *recordWriter) finish() (FileInfo, error) {
 		return FileInfo{}, err
 	}
 	info := FileInfo{Bytes: w.offset}
-	w.digest.Digest().Read(info.Digest[:])
+	w.digest.Sum(info.Digest[:0])
 	return info, nil
 }

@@ -44,8 +44,7 @@ func decodeRun(b []byte) extent {
 }
 
 // writeRun writes all of src to a new file and returns how many extents there were.
-func writeRun(keys *derived, f diskFile, s *sealer, src source) (entries uint64, err error) {
-	hasher := newTagHasher(keys)
+func writeRun(f diskFile, s *sealer, src source) (entries uint64, err error) {
 	record := make([]byte, recordHeaderBytes, recordOverhead+runRecordRawBytes)
 	offset := int64(fileHeaderBytes)
 	var number, first uint64
@@ -53,7 +52,7 @@ func writeRun(keys *derived, f diskFile, s *sealer, src source) (entries uint64,
 		raw := uint32(len(record) - recordHeaderBytes)
 		recordHeader{kind: runRecord, raw: raw, stored: raw, number: number, first: first}.encode(record)
 		record = append(record, make([]byte, tagBytes)...)
-		s.seal(hasher, record, offset)
+		s.seal(record, offset)
 		if _, err := f.WriteAt(record, offset); err != nil {
 			return err
 		}
@@ -85,9 +84,9 @@ func writeRun(keys *derived, f diskFile, s *sealer, src source) (entries uint64,
 }
 
 // readRun yields the extents of a run back.
-func readRun(keys *derived, f *os.File, s *sealer, entries uint64) source {
+func readRun(f *os.File, s *sealer, entries uint64) source {
 	file := &sealedFile{sealer: s, image: "being written", name: "sorted run", file: f}
-	reader := newRecordReader(keys)
+	reader := new(recordReader)
 	offset := int64(fileHeaderBytes)
 	var payload []byte
 	var read, number uint64

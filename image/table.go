@@ -56,7 +56,7 @@ func (t *table) spill() error {
 		return fmt.Errorf("create a sorted run: %w", err)
 	}
 	defer f.Close()
-	if r.entries, err = writeRun(&w.repository.keys, f, r.sealer, coalesced(resolved(sorted(t.entries)))); err != nil {
+	if r.entries, err = writeRun(f, r.sealer, coalesced(resolved(sorted(t.entries)))); err != nil {
 		return fmt.Errorf("write a sorted run: %w", err)
 	}
 	t.runs = append(t.runs, r)
@@ -73,7 +73,7 @@ func (t *table) all() (source, error) {
 		if r.file, _, err = openRegular(t.writer.repository.root, r.path); err != nil {
 			return nil, fmt.Errorf("open a sorted run: %w", err)
 		}
-		sources = append(sources, readRun(&t.writer.repository.keys, r.file, r.sealer, r.entries))
+		sources = append(sources, readRun(r.file, r.sealer, r.entries))
 	}
 	return resolved(merged(sources...)), nil
 }

@@ -2,14 +2,11 @@ package image
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"runtime"
 	"sync"
 
-	"github.com/zeebo/blake3"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
@@ -36,6 +33,19 @@ func (i *Image) Verify(ctx context.Context, progress func(done, total int64)) er
 		return err
 	}
 	if _, err := i.DeviceState(ctx); err != nil {
+		return err
+	}
+	return v.checkDigests(ctx)
+}
+
+// VerifyFiles compares every file with its digest: any byte that is not what was written is found, and named, as by Verify. It
+// decompresses nothing, which makes it several times as fast; and so it does not find what a writer did wrong.
+func (i *Image) VerifyFiles(ctx context.Context, progress func(done, total int64)) error {
+	v := &verifier{Image: i, progress: progress}
+	for _, f := range i.allFiles() {
+		v.total += f.Bytes
+	}
+	if err := v.checkManifest(); err != nil {
 		return err
 	}
 	return v.checkDigests(ctx)
@@ -149,7 +159,7 @@ func newFrameVerifier(v *verifier) *frameVerifier {
 	return &frameVerifier{
 		verifier: v,
 		frames:   newFrameReader(v.Image),
-		hashes:   hashLookup{reader: newRecordReader(v.keys)},
+		hashes:   hashLookup{reader: new(recordReader)},
 		raw:      make([]byte, frameRawBytes),
 	}
 }
@@ -206,33 +216,28 @@ func (v *verifier) checkDigests(ctx context.Context) error {
 
 func (v *verifier) checkDigest(ctx context.Context, f namedFile) error {
 	file, info, err := openRegular(v.dir, f.name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return v.damage(f.name, 0, "is missing")
-	}
 	if err != nil {
-		return fmt.Errorf("image %s: %w", v.Name(), err)
+		return readError(v.Name(), f.name, 0, err)
 	}
 	defer file.Close()
 	if info.Size() != f.Bytes {
 		return v.damage(f.name, min(info.Size(), f.Bytes), "the file has %d bytes, not %d", info.Size(), f.Bytes)
 	}
-	digest := blake3.New()
+	digest := v.keys.newFileDigest()
 	buf := make([]byte, writeBytes)
 	for left := f.Bytes; left > 0; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		n := min(left, int64(len(buf)))
-		if _, err := io.ReadFull(file, buf[:n]); err != nil {
-			return fmt.Errorf("image %s: read %s at byte %d: %w", v.Name(), f.name, f.Bytes-left, err)
+		if got, err := io.ReadFull(file, buf[:n]); err != nil {
+			return readError(v.Name(), f.name, f.Bytes-left+int64(got), err)
 		}
 		digest.Write(buf[:n])
 		left -= n
 		v.advance(n)
 	}
-	var sum Digest
-	digest.Digest().Read(sum[:])
-	if sum == f.Digest {
+	if Digest(digest.Sum(nil)) == f.Digest {
 		return nil
 	}
 	return v.locate(f)
@@ -246,7 +251,7 @@ func (v *verifier) locate(f namedFile) error {
 		return err
 	}
 	defer file.file.Close()
-	reader := newRecordReader(v.keys)
+	reader := new(recordReader)
 	head := make([]byte, recordHeaderBytes)
 	for offset := int64(fileHeaderBytes); offset < f.Bytes; {
 		if f.Bytes-offset < recordOverhead {

@@ -65,15 +65,16 @@ Disks are not captured yet: keep them as they are at the instant by other means.
 	vm.monitorFlags(c)
 	p.repositoryFlags(c)
 	f := c.Flags()
-	f.StringVar(&r.Name, "name", "", "name of the image; default: the machine's name and the time in UTC")
-	f.Var(&mode, "mode", "auto (an increment where there is something to build on), full (a base) or incremental (an increment or an error)")
-	f.StringVar(&r.Parent, "parent", "", "image to make an increment on; default: the machine's last one")
+	f.StringVar(&r.Name, "name", "", "name of the `IMAGE` (default: the machine's name and the time in UTC)")
+	f.Var(&mode, "mode", "auto (an increment where it can be), full (a base) or incremental (an increment or an error)")
+	f.StringVar(&r.Parent, "parent", "", "`IMAGE` to make an increment on (default: the machine's last one)")
 	f.Var(compressionFlag{&r.Compression}, "compression", "zstd, s2 (faster, larger) or none")
 	f.BoolVar(&r.VerifyParent, "verify-parent", false, "check every byte of the parent first; one that is damaged means a base")
-	f.StringToStringVar(&r.Attributes, "attribute", nil, "key=value to keep with the image; may be given more than once")
-	f.DurationVar(&r.ResidueBudget, "budget", 5*time.Millisecond, "time for copying memory in the pause; where more is dirty, it is copied beforehand")
-	f.DurationVar(&r.HoldBound, "hold-bound", 200*time.Millisecond, "longest time that the machine is held; past it, it is let go and the instant tried again")
-	f.DurationVar(&r.PauseBound, "pause-bound", 5*time.Second, "longest time it is held where the guest writes faster than its memory can be copied")
+	f.StringToStringVar(&r.Attributes, "attribute", nil, "`KEY=VALUE` to keep with the image; may be given more than once")
+	f.Lookup("attribute").DefValue = "" // none, and not an empty list
+	f.DurationVar(&r.ResidueBudget, "budget", 5*time.Millisecond, "`TIME` for copying memory in the pause; what is more is copied beforehand")
+	f.DurationVar(&r.HoldBound, "hold-bound", 200*time.Millisecond, "longest `TIME` that the machine is held; past it, it is let go and the instant tried again")
+	f.DurationVar(&r.PauseBound, "pause-bound", 5*time.Second, "longest `TIME` it is held where the guest writes faster than can be copied")
 	recordDirFlag(c, &r.RecordDir)
 	return c
 }
@@ -103,6 +104,7 @@ func (p *program) capture(ctx context.Context, r jobs.CaptureRequest) (err error
 	})
 	p.workers.ended()
 	meter.end()
+	p.warnStopped(r.RecordDir, process)
 	if err != nil {
 		return err
 	}

@@ -29,7 +29,8 @@ func (p *program) deleteCommand() *cobra.Command {
 		Long: `Delete takes images out of the repository, damaged ones too. No other image is touched: increments made on a deleted
 one can be restored as before, and what they share with it stays on the volume until the last of them is gone.
 
-If tracking of a running VM counts from a deleted image, the next capture of that VM makes a new base.`,
+If tracking of a running VM counts from a deleted image, the next capture of that VM compares all memory with its newest
+other image; where there is none, it makes a new base.`,
 		Args: atLeastOne("IMAGE"),
 		RunE: func(c *cobra.Command, args []string) error { return p.delete(c.Context(), args) },
 	}

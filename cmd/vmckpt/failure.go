@@ -27,6 +27,7 @@ const (
 	exitNoSpace     = 6
 	exitBusy        = 7
 	exitLost        = 8
+	exitPaused      = 9
 	exitInterrupted = 130 // as shells have it for SIGINT
 )
 
@@ -43,7 +44,7 @@ func codeOf(err error) jobs.Code {
 func exitAndHint(code jobs.Code) (exit int, hint string) {
 	switch code {
 	case codeUsage:
-		return exitUsage, "`vmckpt help COMMAND` shows how it is called"
+		return exitUsage, "`vmckpt --help` shows how it is called"
 	case jobs.CodeNoVM:
 		return exitNotFound, "name a QEMU that runs on this host: by its guest name (-name), --uuid or --pid; seeing other users' machines needs root"
 	case jobs.CodeAmbiguous:
@@ -51,7 +52,7 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeUnreachable:
 		return exitNotFound, "name a QMP socket that no other client holds with --monitor, or libvirt's with --libvirt"
 	case jobs.CodeNotFound:
-		return exitNotFound, "`vmckpt list` shows the images of a repository, `vmckpt init` makes one"
+		return exitNotFound, "`vmckpt list` shows the images there are; `vmckpt init` makes a repository and a key file"
 	case jobs.CodeExists:
 		return exitUsage, "choose another name"
 	case jobs.CodeKey:
@@ -78,10 +79,14 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 		return exitRefused, "reading and writing another process's memory needs root (CAP_SYS_PTRACE)"
 	case jobs.CodeLost:
 		return exitLost, "do not let the VM run: repeat the restore, of this image or another, or end the QEMU"
+	case jobs.CodeStopped:
+		return exitPaused, "nothing was written to the VM, and it stands paused: unless it has migrated or shut down meanwhile, continue it (`cont`, `virsh resume`)"
+	case jobs.CodeNotRunning:
+		return exitPaused, "the restore is complete: find out why the VM does not run (`info status`, `virsh domstate --reason`), and continue it (`cont`, `virsh resume`)"
 	case jobs.CodeInterrupted:
 		return exitInterrupted, ""
 	case jobs.CodeDied:
-		return exitUnexpected, "a VM under capture was let go by the kernel and runs on (`vmckpt sweep --older-than 0s` removes what was begun); one under restore was not written to, and may stand paused"
+		return exitUnexpected, "a VM under capture was let go by the kernel and runs on (`vmckpt sweep --older-than 0s` removes what was begun); one under restore was not written to, and goes on as it was"
 	}
 	return exitUnexpected, ""
 }
@@ -120,6 +125,9 @@ func (e *reported) Unwrap() error { return e.error }
 func (p *program) fail(err error) int {
 	f := describe(err)
 	exit, _ := exitAndHint(f.Code)
+	if f.Code == codeUsage && p.called != "" {
+		f.Hint = fmt.Sprintf("`%s --help` shows how it is called", p.called)
+	}
 	var told *reported
 	if !errors.As(err, &told) {
 		p.complain(err)
@@ -138,8 +146,14 @@ func (p *program) fail(err error) int {
 // complain tells people of an error. Several that are joined stand on lines of their own.
 func (p *program) complain(err error) {
 	if codeOf(err) == jobs.CodeInterrupted {
-		fmt.Fprintln(p.stderr, "interrupted")
+		// Not all of it may be about the interruption.
+		fmt.Fprintf(p.stderr, "interrupted: %s\n", indent(visible(err.Error()), len("interrupted: ")))
 		return
 	}
-	fmt.Fprintf(p.stderr, "error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\n       "))
+	fmt.Fprintf(p.stderr, "error: %s\n", indent(visible(err.Error()), len("error: ")))
+}
+
+// indent puts the lines of a text beneath the first one, which has something before it.
+func indent(text string, columns int) string {
+	return strings.ReplaceAll(text, "\n", "\n"+strings.Repeat(" ", columns))
 }

@@ -61,6 +61,17 @@ func durationText(d time.Duration) string {
 	return strconv.FormatFloat(value, 'f', digits, 64) + " " + unit
 }
 
+// spanText writes a span of time as it is typed: 1h, and not 1h0m0s.
+func spanText(d time.Duration) string {
+	s := d.String()
+	for _, nothing := range []string{"m0s", "h0m"} {
+		if strings.HasSuffix(s, nothing) {
+			s = s[:len(s)-len(nothing)+1]
+		}
+	}
+	return s
+}
+
 // timeText writes a time in UTC, to the second.
 func timeText(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05Z") }
 

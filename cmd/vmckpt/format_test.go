@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -34,6 +36,34 @@ func TestDurations(t *testing.T) {
 	} {
 		if got := durationText(d); got != want {
 			t.Errorf("%d ns: %q, want %q", d, got, want)
+		}
+	}
+}
+
+func TestSpans(t *testing.T) {
+	for d, want := range map[time.Duration]string{
+		0: "0s", time.Hour: "1h", 90 * time.Minute: "1h30m", 10 * time.Minute: "10m", 30 * time.Second: "30s", 20*time.Hour + time.Second: "20h0m1s",
+	} {
+		if got := spanText(d); got != want {
+			t.Errorf("%d ns: %q, want %q", d, got, want)
+		}
+	}
+}
+
+// TestTypedWrong names the command whose help there is to read.
+func TestTypedWrong(t *testing.T) {
+	s := newShell(t)
+	for _, c := range []struct{ args, message, hint string }{
+		{"capture --nonsense", "unknown flag: --nonsense", "`vmckpt capture --help`"},
+		{"capture", "which machine?", "`vmckpt capture --help`"},
+		{"capture a b", `"b" is one argument too many`, "`vmckpt capture --help`"},
+		{"restore", "IMAGE is missing", "`vmckpt restore --help`"},
+		{"show a/b", "image name", "`vmckpt show --help`"},
+		{"lst", `unknown command "lst" for "vmckpt" Did you mean this? list`, "`vmckpt --help`"},
+	} {
+		stdout, stderr, exit := s.run(strings.Fields(c.args)...)
+		if exit != exitUsage || stdout != "" || strings.Count(stderr, "\n") != 2 || !strings.Contains(stderr, c.message) || !strings.Contains(stderr, c.hint) {
+			t.Errorf("%s: exit code %d, answer %q, standard error:\n%s", c.args, exit, stdout, stderr)
 		}
 	}
 }
@@ -112,5 +142,15 @@ lone
 `
 	if got.String() != want {
 		t.Errorf("got:\n%swant:\n%s", got.String(), want)
+	}
+}
+
+// TestInterruptedSaysAllThatIsKnown keeps what an error says beside the interruption.
+func TestInterruptedSaysAllThatIsKnown(t *testing.T) {
+	var stderr strings.Builder
+	p := &program{stderr: &stderr}
+	p.complain(errors.Join(context.Canceled, errors.New("and the volume is gone")))
+	if got := stderr.String(); got != "interrupted: context canceled\n             and the volume is gone\n" {
+		t.Errorf("%q", got)
 	}
 }

@@ -65,8 +65,8 @@ func (p *program) listCommand() *cobra.Command {
 		Long: `List shows every image of a repository, increments beneath what they were made on. Branches show where two increments
 share a parent; beneath the base, a chain of increments goes straight down.
 
-WRITTEN counts the pages that the image added to the repository, SIZE is the room that its index and those pages take, PAUSE how
-long the guest stood still for it, in all. Pages that later images share stay when the image is deleted.`,
+WRITTEN counts the pages that the image added to the repository, SIZE is the room that its index and those pages take,
+PAUSE how long the guest stood still for it, in all. Pages that later images share stay when the image is deleted.`,
 		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error { return p.list(c.Context()) },
 	}
@@ -131,7 +131,11 @@ func (p *program) printList(lines []line) {
 			sizeText(m.OwnBytes()), pause, note})
 	}
 	p.table(rows)
-	p.printf("\n%s, %s of their own\n", plural(len(lines), "image"), sizeText(own))
+	whose := "their"
+	if len(lines) == 1 {
+		whose = "its"
+	}
+	p.printf("\n%s, %s of %s own\n", plural(len(lines), "image"), sizeText(own), whose)
 	if bad > 0 {
 		p.printf("%s cannot be restored\n", plural(bad, "image"))
 	}

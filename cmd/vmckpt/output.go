@@ -37,22 +37,32 @@ func (p *program) answer(v any, text func()) {
 }
 
 func (p *program) encode(v any) {
-	e := json.NewEncoder(p.stdout)
+	e := json.NewEncoder(visibleWriter{p.stdout}) // which gets each value in one piece
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
-	if err := e.Encode(v); err != nil {
-		fmt.Fprintln(p.stderr, "error: write the answer:", err)
-	}
+	e.Encode(v) //nolint:errcheck // run looks whether the answer was written
 }
 
-func (p *program) printf(format string, args ...any) { fmt.Fprintf(p.stdout, format, args...) }
+// tell writes to people beside the answer.
+func (p *program) tell(format string, args ...any) {
+	fmt.Fprintf(p.stderr, format, visibleArgs(args)...)
+}
+
+// printf writes a part of the answer. Line ends are those of the format.
+func (p *program) printf(format string, args ...any) {
+	fmt.Fprintf(p.stdout, format, visibleArgs(args)...)
+}
 
 // table prints rows of cells, the first row being the heads; empty ones at the end of a row leave nothing behind.
 func (p *program) table(rows [][]string) {
 	var b strings.Builder
 	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, cells := range rows {
-		fmt.Fprintln(t, strings.Join(cells, "\t"))
+		var texts []string
+		for _, cell := range cells {
+			texts = append(texts, oneLine(cell)) // before it is told how wide it is
+		}
+		fmt.Fprintln(t, strings.Join(texts, "\t"))
 	}
 	t.Flush() //nolint:errcheck // a strings.Builder takes everything
 	for line := range strings.Lines(b.String()) {

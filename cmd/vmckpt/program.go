@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -27,7 +30,8 @@ type program struct {
 	repository string
 	keyFile    string
 
-	began   bool // the arguments were understood, and the command's own work began
+	called  string // the command, with those above it
+	began   bool   // the arguments were understood, and the command's own work began
 	workers workers
 }
 
@@ -40,16 +44,24 @@ const (
 // run does what the arguments say and returns the exit code.
 func (p *program) run(ctx context.Context, args []string) int {
 	p.output, p.progress = outputText, progressAuto
+	stdout := &answerWriter{Writer: p.stdout}
+	p.stdout = stdout
 	ctx, stop := p.interruptible(ctx)
 	defer stop()
 	root := p.command()
 	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
+	c, err := root.ExecuteContextC(ctx)
+	if err == nil && stdout.err != nil {
+		p.complain(fmt.Errorf("write the answer: %w", stdout.err))
+		p.tell("hint: what was asked for is done; its answer is not whole\n")
+		return exitUnexpected
+	}
 	if err == nil {
 		return 0
 	}
-	if !p.began {
-		err = &usageError{err}
+	p.called = c.CommandPath()
+	if !p.began { // what it could not understand it says in several lines
+		err = &usageError{errors.New(strings.Join(strings.Fields(err.Error()), " "))}
 	}
 	return p.fail(err)
 }
@@ -66,6 +78,7 @@ increments that hold what changed. Each can be restored, and deleted, without th
 		Example: `  vmckpt init --repo /srv/checkpoints --key /etc/vmckpt.key
   vmckpt capture web --repo /srv/checkpoints --key /etc/vmckpt.key
   vmckpt list --repo /srv/checkpoints --key /etc/vmckpt.key`,
+		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		PersistentPreRun: func(*cobra.Command, []string) {
@@ -74,8 +87,8 @@ increments that hold what changed. Each can be restored, and deleted, without th
 	}
 	root.SetOut(p.stdout)
 	root.SetErr(p.stderr)
-	root.PersistentFlags().VarP(&p.output, "output", "o", "how to answer: text or json")
-	root.PersistentFlags().Var(&p.progress, "progress", "how to show progress: bar, plain (lines), none, or auto: a bar where standard error is a terminal")
+	root.PersistentFlags().VarP(&p.output, "output", "o", "text, or json: one value on standard output")
+	root.PersistentFlags().Var(&p.progress, "progress", "bar, plain (lines) or none; auto: a bar on a terminal, else none")
 	root.AddCommand(
 		p.initCommand(), p.captureCommand(), p.restoreCommand(), p.listCommand(), p.showCommand(), p.verifyCommand(),
 		p.deleteCommand(), p.sweepCommand(), p.releaseCommand(),
@@ -83,10 +96,19 @@ increments that hold what changed. Each can be restored, and deleted, without th
 	return root
 }
 
+// version says which source this was built from, as far as the Go toolchain has noted it.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return info.Main.Version
+}
+
 // repositoryFlags adds the flags that say which repository is meant.
 func (p *program) repositoryFlags(c *cobra.Command) {
-	c.Flags().StringVar(&p.repository, "repo", p.getenv(repositoryVariable), "directory of the repository; default: $"+repositoryVariable)
-	c.Flags().StringVar(&p.keyFile, "key", p.getenv(keyVariable), "file with the repository's keys; default: $"+keyVariable)
+	c.Flags().StringVar(&p.repository, "repo", p.getenv(repositoryVariable), "`DIR` of the repository (default $"+repositoryVariable+")")
+	c.Flags().StringVar(&p.keyFile, "key", p.getenv(keyVariable), "`FILE` with the repository's keys (default $"+keyVariable+")")
 	// A default from the environment is for this user on this day, and not for the help text.
 	c.Flags().Lookup("repo").DefValue, c.Flags().Lookup("key").DefValue = "", ""
 }
@@ -147,5 +169,5 @@ func argument(args []string, n int) string {
 
 // recordDirFlag adds the flag that says where session records are kept.
 func recordDirFlag(c *cobra.Command, dir *string) {
-	c.Flags().StringVar(dir, "record-dir", dirty.DefaultRecordDir, "where this host keeps what it knows of tracked machines; must not outlive a boot")
+	c.Flags().StringVar(dir, "record-dir", dirty.DefaultRecordDir, "`DIR` where this host keeps what it knows of tracked machines")
 }

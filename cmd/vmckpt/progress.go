@@ -71,6 +71,7 @@ type barMeter struct {
 }
 
 func (m *barMeter) at(phase string, done, total int64) {
+	phase = oneLine(phase) // it may have a name in it
 	if m.bar == nil || phase != m.phase || total != m.total {
 		m.end()
 		m.phase, m.total = phase, total
@@ -123,6 +124,7 @@ type plainMeter struct {
 const plainInterval = 5 * time.Second
 
 func (m *plainMeter) at(phase string, done, total int64) {
+	phase = oneLine(phase)
 	now := m.now()
 	if phase == m.phase && now.Sub(m.wrote) < plainInterval {
 		return

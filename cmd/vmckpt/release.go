@@ -34,8 +34,14 @@ Nothing else needs it: tracking ends with the process.`,
 }
 
 func (p *program) release(ctx context.Context, r jobs.ReleaseRequest) error {
+	process, err := r.VM.Find(ctx)
+	if err != nil {
+		return err
+	}
+	r.VM.PID = process.PID
 	result, err := jobs.Release(ctx, r, jobs.Handlers[struct{}]{Started: p.workers.started})
 	p.workers.ended()
+	p.warnStopped(r.RecordDir, process)
 	if err != nil {
 		return err
 	}

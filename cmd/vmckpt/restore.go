@@ -27,13 +27,13 @@ func (p *program) restoreCommand() *cobra.Command {
 		Use:   "restore IMAGE [VM]",
 		Short: "Put a machine back to the instant of an image",
 		Long: `Restore puts the memory and the device state of an image into a QEMU on this host. The QEMU has to be the same machine,
-as far as a guest could tell: machine type, CPU, memory size, devices. What differs is listed, and nothing is touched.
+as far as a guest could tell: machine type, CPU, memory size, devices. Where it is not, what differs is listed and nothing is touched.
 
-It wants a machine that stands still, such as one that was started with -S. A running machine is rolled back with --in-place:
-it is stopped, and all that it did since the image's instant is lost.
+It wants a machine that stands still, such as one that was started with -S. A running machine is rolled back with
+--in-place: it is stopped, and all that it did since the image's instant is lost.
 
-Every byte of the image is checked before the machine is touched. Afterwards all memory that was written since it was put in is
-compared with the image. The machine stays paused, unless --run is given and all is well.
+Every byte of the image is checked before the machine is touched. Afterwards all memory that was written since it was
+put in is compared with the image. The machine stays paused, unless --run is given and all is well.
 
 Disks are not restored yet: they have to be as they were at the image's instant before the machine runs.`,
 		Example: `  vmckpt restore web-20260102t030405.678z web --run
@@ -53,7 +53,7 @@ Disks are not restored yet: they have to be as they were at the image's instant 
 	f := c.Flags()
 	f.BoolVar(&r.InPlace, "in-place", false, "the machine may be running: stop it and throw away what it did since")
 	f.BoolVar(&r.Run, "run", false, "let the machine run in the end, if all is well")
-	f.BoolVar(&r.FullCompare, "full-compare", false, "compare all memory with the image in the end, and not only what was written since it was put in")
+	f.BoolVar(&r.FullCompare, "full-compare", false, "compare all memory in the end, and not only what was written since it was put in")
 	recordDirFlag(c, &r.RecordDir)
 	return c
 }
@@ -77,6 +77,9 @@ func (p *program) restore(ctx context.Context, r jobs.RestoreRequest) (err error
 	})
 	p.workers.ended()
 	meter.end()
+	if codeOf(err) != jobs.CodeStopped { // which says it
+		p.warnStopped(r.RecordDir, process)
+	}
 	if err != nil {
 		return err
 	}

@@ -18,6 +18,7 @@ import (
 const mainVariable = "VMCKPT_TEST_MAIN"
 
 func TestMain(m *testing.M) {
+	asOldKernel()
 	// First of all: a worker that ran the tests would start workers that do.
 	asHelper()
 	if os.Getenv(mainVariable) != "" {

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/node-agent/restore"
 )
 
@@ -23,15 +24,18 @@ func (p *program) sweepCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "sweep",
 		Short: "Remove what captures left behind that were killed",
-		Long: `Sweep removes half-written images of captures that were killed, and this host's records of machines that have ended. Images of captures under
-way are never touched: each is locked by its writer. On volumes that several hosts write to and that do not carry locks from one to the other (some NFS
-mounts), the age is what keeps them apart: let it be longer than the longest capture.`,
+		Long: `Sweep removes half-written images of captures that were killed, and this host's records of machines that have ended.
+
+Images of captures under way are never touched: each is locked by its writer. On volumes that several hosts write to and
+that do not carry locks from one to the other (some NFS mounts), the age is what keeps them apart: let it be longer than
+the longest capture.`,
 		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error { return p.sweep(c.Context(), olderThan, recordDir) },
 	}
 	p.repositoryFlags(c)
 	recordDirFlag(c, &recordDir)
-	c.Flags().DurationVar(&olderThan, "older-than", time.Hour, "leave alone what is younger")
+	c.Flags().DurationVar(&olderThan, "older-than", time.Hour, "leave alone what is younger than this `TIME`")
+	c.Flags().Lookup("older-than").DefValue = spanText(time.Hour)
 	return c
 }
 
@@ -53,13 +57,26 @@ func (p *program) sweep(ctx context.Context, olderThan time.Duration, recordDir 
 	if err != nil {
 		return err
 	}
+	stops, err := restore.Stops(recordDir)
+	if err != nil {
+		return err
+	}
+	for _, stop := range stops {
+		process, err := qemu.Find(ctx, qemu.Selector{PID: stop.Process.PID})
+		if err == nil && process.StartTime == stop.Process.StartTime {
+			p.warnStopped(recordDir, process)
+		}
+	}
 	answer := sweepJSON{Repository: p.repository, Removed: append([]string{}, removed...), Processes: max(records, marks)}
 	p.answer(answer, func() {
 		for _, path := range removed {
 			p.printf("%s removed\n", path)
 		}
 		if len(removed) == 0 {
-			p.printf("nothing is left behind that is older than %v\n", olderThan)
+			p.printf("nothing half-written is left behind that is older than %s\n", spanText(olderThan))
+		}
+		if answer.Processes > 0 {
+			p.printf("records of machines that have ended removed: %d\n", answer.Processes)
 		}
 	})
 	return nil

@@ -133,6 +133,6 @@ func (p *program) printVerify(answer verifyJSON) {
 	}
 	p.table(rows)
 	if bad > 0 {
-		p.printf("\n%d of %s cannot be restored\n", bad, plural(len(answer.Images), "image"))
+		p.printf("\n%s of %d cannot be restored\n", plural(bad, "image"), len(answer.Images))
 	}
 }

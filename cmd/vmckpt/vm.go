@@ -22,15 +22,15 @@ type vmFlags struct {
 
 // selectorFlags adds the flags that say which machine is meant.
 func (f *vmFlags) selectorFlags(c *cobra.Command) {
-	c.Flags().StringVar(&f.guest, "guest", "", "the machine with this name (QEMU's -name guest=); the same as the argument VM")
-	c.Flags().StringVar(&f.uuid, "uuid", "", "the machine with this UUID")
-	c.Flags().IntVar(&f.pid, "pid", 0, "the machine of this QEMU process")
+	c.Flags().StringVar(&f.guest, "guest", "", "`NAME` of the machine (QEMU's -name guest=); the same as the argument VM")
+	c.Flags().StringVar(&f.uuid, "uuid", "", "`UUID` of the machine")
+	c.Flags().IntVar(&f.pid, "pid", 0, "`PID` of the machine's QEMU process")
 }
 
 // monitorFlags adds the flags that say how to reach the monitor.
 func (f *vmFlags) monitorFlags(c *cobra.Command) {
-	c.Flags().StringVar(&f.monitor, "monitor", "", "QMP socket of the machine; default: found from its process")
-	c.Flags().StringVar(&f.libvirt, "libvirt", "", "socket or URI (qemu:///system) of the libvirt that runs the machine; default: found from its process")
+	c.Flags().StringVar(&f.monitor, "monitor", "", "`PATH` of the machine's QMP socket (default: found from its process)")
+	c.Flags().StringVar(&f.libvirt, "libvirt", "", "`PATH` of the socket, or URI, of the libvirt that runs the machine (default: found from its process)")
 }
 
 // vm returns what the flags and the argument, empty where there is none, say of the machine.

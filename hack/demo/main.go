@@ -1,9 +1,3 @@
-// Demo shows what VMckpt does, on a real guest: Debian's cloud kernel, run by libvirt as KubeVirt's virt-launcher runs it, is
-// captured while it works, killed, restored from two of its images, and rolled back in place. It runs the same commands that a user would,
-// and asks the guest each time whether it is where it was: the guest counts, and each count rewrites a part of a buffer whose hash
-// follows from the count.
-//
-// It ends with 0 if all held.
 package main
 
 import (
@@ -28,8 +22,21 @@ import (
 	"github.com/vmckpt/vmckpt/test/machine"
 )
 
-// workMiB is how much the guest writes between checkpoints, beside what it does anyway.
-const workMiB = 10
+const (
+	// workMiB is how much the guest writes between checkpoints, beside what it does anyway.
+	workMiB = 10
+
+	// apart is how many counts lie between two images at least, and between an image and the guest that is rolled back to it. It is
+	// more than firstCounts, so that no count fits two images.
+	apart = 8
+
+	// firstCounts is how far behind the last count known before an image the first one printed after its restore may be: one, as it is
+	// the next, and one more, as the first line may be lost: its beginning was printed before the restore.
+	firstCounts = 2
+
+	// following is how many counts in a row are looked at after a restore.
+	following = 6
+)
 
 func main() {
 	binary := flag.String("vmckpt", "bin/vmckpt", "the vmckpt to show")
@@ -63,10 +70,11 @@ type demo struct {
 	libvirt *machine.Libvirt
 	guest   machine.Linux
 	machine *machine.Machine
+	since   int // number of the first line on the machine's serial console that the guest of now printed
 	killed  []*machine.Machine
 
 	images []*shot
-	checks []check
+	checks []*check
 }
 
 // shot is an image, and what the guest said right before and after it was taken.
@@ -95,12 +103,14 @@ type captureResult struct {
 	} `json:"pages"`
 }
 
-// check is one time that the guest was asked whether it is where it was.
+// check is one restore, and what the guest said after it.
 type check struct {
 	what        string
-	image       string
-	count       uint64
-	took, until time.Duration // of the command; from its beginning until the guest answered
+	image       *shot
+	was         string        // where the machine was before
+	took, until time.Duration // of the command; from its beginning until the guest counted on
+	counts      []workload.State
+	problem     error // what is wrong with that, if anything is
 }
 
 func (d *demo) run(binary string) (err error) {
@@ -125,7 +135,7 @@ func (d *demo) run(binary string) (err error) {
 	if d.machine, err = d.libvirt.Launch(d.ctx, options); err != nil {
 		return err
 	}
-	if err := d.counting(); err != nil {
+	if err := d.countedTo(1); err != nil {
 		return err
 	}
 	if err := d.vmckpt(nil, "init"); err != nil {
@@ -136,6 +146,9 @@ func (d *demo) run(binary string) (err error) {
 		if name != "base" {
 			d.say("the guest writes %d MiB", workMiB)
 			if err := d.ask(func(c *machine.Channel) error { return c.Work(d.ctx, workMiB) }); err != nil {
+				return err
+			}
+			if err := d.countedTo(d.images[len(d.images)-1].after.Count + apart); err != nil {
 				return err
 			}
 		}
@@ -151,7 +164,12 @@ func (d *demo) run(binary string) (err error) {
 		return err
 	}
 
-	for _, s := range []*shot{d.images[2], d.images[1]} {
+	base, first, second := d.images[0], d.images[1], d.images[2]
+	if first.before.Count <= base.after.Count+firstCounts || second.before.Count <= first.after.Count+firstCounts {
+		return errors.New("the images' counts overlap: what is restored could not be told apart")
+	}
+
+	for _, s := range []*shot{second, first} {
 		d.say("the guest is killed; another QEMU, fresh and paused, takes its place and is given %q", s.name)
 		twin := d.machine.Twin()
 		if err := d.machine.Kill(); err != nil {
@@ -161,19 +179,31 @@ func (d *demo) run(binary string) (err error) {
 		if d.machine, err = d.libvirt.Launch(d.ctx, twin); err != nil {
 			return err
 		}
-		if err := d.restore("restored", s, "restore", s.name, "demo_web", "--run", "--record-dir", d.dir); err != nil {
+		if err := d.restore("restored", "not started", s, "restore", s.name, "demo_web", "--record-dir", d.dir); err != nil {
 			return err
 		}
 	}
-	d.say("the guest works on, and is rolled back in place to %q", d.images[2].name)
+	d.say("the guest works on, and is rolled back in place to %q", second.name)
 	if err := d.ask(func(c *machine.Channel) error { return c.Work(d.ctx, workMiB) }); err != nil {
 		return err
 	}
-	if err := d.restore("rolled back", d.images[2], "restore", d.images[2].name, "demo_web", "--in-place", "--run", "--full-compare", "--record-dir", d.dir); err != nil {
+	if err := d.countedTo(second.after.Count + firstCounts + apart); err != nil {
+		return err
+	}
+	now, err := d.state()
+	if err != nil {
+		return err
+	}
+	fmt.Printf("    the guest is at count %d; %q was taken between %d and %d\n", now.Count, second.name, second.before.Count, second.after.Count)
+	if err := d.restore("rolled back", fmt.Sprintf("at %d", now.Count), second, "restore", second.name, "demo_web", "--in-place", "--full-compare", "--record-dir", d.dir); err != nil {
 		return err
 	}
 	d.table()
-	return nil
+	var problems []error
+	for _, c := range d.checks {
+		problems = append(problems, c.problem)
+	}
+	return errors.Join(problems...)
 }
 
 func (d *demo) close() error {
@@ -253,15 +283,18 @@ func (d *demo) state() (workload.State, error) {
 	return s, nil
 }
 
-// counting waits until the guest has filled its buffer and counts.
-func (d *demo) counting() error {
+// countedTo waits until the guest has counted so far.
+func (d *demo) countedTo(count uint64) error {
 	ctx, cancel := context.WithTimeout(d.ctx, time.Minute)
 	defer cancel()
-	_, _, err := d.machine.Serial.WaitLine(ctx, 0, func(line string) bool {
-		_, ok := workload.ParseState(line)
-		return ok
+	_, _, err := d.machine.Serial.WaitLine(ctx, d.since, func(line string) bool {
+		s, ok := workload.ParseState(line)
+		return ok && s.Count >= count
 	})
-	return err
+	if err != nil {
+		return fmt.Errorf("wait until the guest has counted to %d: %w", count, err)
+	}
+	return nil
 }
 
 func (d *demo) capture(name string) (err error) {
@@ -288,40 +321,73 @@ func (d *demo) capture(name string) (err error) {
 	return nil
 }
 
-// restoreGrace is how many counts a guest may be ahead of its image when it is first asked, having run meanwhile.
-const restoreGrace = 100
-
-func (d *demo) restore(what string, s *shot, args ...string) error {
+// restore restores an image, lets the guest run, and looks at what it prints. What is wrong with that is noted with the check; the error
+// is for what keeps the demo from going on.
+func (d *demo) restore(what, was string, s *shot, args ...string) error {
 	begin := time.Now()
 	if err := d.vmckpt(nil, args...); err != nil {
 		return err
 	}
-	took := time.Since(begin)
-	first, err := d.state()
-	if err != nil {
-		return err
-	}
-	until := time.Since(begin)
-	if first.Count < s.before.Count || first.Count > s.after.Count+restoreGrace {
-		return fmt.Errorf("the guest counts from %d; image %s was taken between %d and %d", first.Count, s.name, s.before.Count, s.after.Count)
-	}
-	for next := first; next.Count < first.Count+3; {
-		if next, err = d.state(); err != nil {
-			return err
-		}
-	}
-	// The guest checks its whole buffer at each count, and says so when a byte of it is wrong.
+	c := &check{what: what, image: s, was: was, took: time.Since(begin)}
+	d.checks = append(d.checks, c)
+	// The machine stands still, so all that comes now is of the guest restored: after the line that is not at its end, if there is one.
 	lines, err := d.machine.Serial.Lines()
 	if err != nil {
 		return err
 	}
-	for _, line := range lines {
-		if strings.Contains(line, "CORRUPT") {
+	d.since = len(lines)
+	if what == "rolled back" {
+		d.since++
+	}
+	fmt.Println("    it stands still, and is let run by its owner (virsh resume, cont)")
+	if err := d.machine.Continue(d.ctx); err != nil {
+		return err
+	}
+	c.problem = d.goesOn(c, begin)
+	if c.problem == nil {
+		_, c.problem = d.state() // on its channel it answers too
+	}
+	if c.problem != nil {
+		c.problem = fmt.Errorf("%s, image %s: %w", what, s.name, c.problem)
+		fmt.Printf("    WRONG: %v\n", c.problem)
+		return nil
+	}
+	fmt.Printf("    the guest goes on: counts %d to %d, its buffer's hash right each time\n", c.counts[0].Count, c.counts[len(c.counts)-1].Count)
+	return nil
+}
+
+// goesOn reads what the guest prints after a restore, and says what is wrong with it.
+func (d *demo) goesOn(c *check, begin time.Time) error {
+	ctx, cancel := context.WithTimeout(d.ctx, 30*time.Second)
+	defer cancel()
+	from := d.since
+	for len(c.counts) < following {
+		// The guest checks its whole buffer at each count, and says so when a byte of it is wrong.
+		line, n, err := d.machine.Serial.WaitLine(ctx, from, func(line string) bool {
+			_, ok := workload.ParseState(line)
+			return ok || strings.Contains(line, "CORRUPT")
+		})
+		if err != nil {
+			return fmt.Errorf("the guest does not count on: %w", err)
+		}
+		from = n + 1
+		s, ok := workload.ParseState(line)
+		if !ok || !s.OK {
 			return fmt.Errorf("the guest says: %s", line)
 		}
+		if want := d.guest.Counter().Hash(s.Count); s.Hash != want {
+			return fmt.Errorf("the guest's buffer at count %d has hash %016x, and must have %016x", s.Count, s.Hash, want)
+		}
+		if len(c.counts) == 0 {
+			c.until = time.Since(begin)
+			if least, most := c.image.before.Count, c.image.after.Count+firstCounts; s.Count < least || s.Count > most {
+				return fmt.Errorf("the guest counts from %d; after the image's instant it is %d to %d", s.Count, least, most)
+			}
+		} else if last := c.counts[len(c.counts)-1].Count; s.Count != last+1 {
+			return fmt.Errorf("the guest counts from %d to %d", last, s.Count)
+		}
+		c.counts = append(c.counts, s)
 	}
-	fmt.Printf("    the guest goes on: count %d, its buffer's hash is right\n", first.Count)
-	d.checks = append(d.checks, check{what: what, image: s.name, count: first.Count, took: took, until: until})
 	return nil
 }
 
@@ -329,16 +395,23 @@ func (d *demo) restore(what string, s *shot, args ...string) error {
 func (d *demo) table() {
 	d.say("what it took")
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "image\tkind\tpages\tMiB on disk\ttime\tpause\tguest's count\t")
+	fmt.Fprintln(w, "image\tkind\tpages\tMiB on disk\ttime\tpause\tguest's count")
 	for _, s := range d.images {
-		fmt.Fprintf(w, "%s\t%s\t%d\t%.1f\t%v\t%v\t%d to %d\t\n", s.name, s.result.Kind, s.result.Pages.Written, float64(s.result.OwnBytes)/(1<<20),
+		fmt.Fprintf(w, "%s\t%s\t%d\t%.1f\t%v\t%v\t%d to %d\n", s.name, s.result.Kind, s.result.Pages.Written, float64(s.result.OwnBytes)/(1<<20),
 			s.result.Duration.Round(time.Millisecond), s.result.Downtime.Round(10*time.Microsecond), s.before.Count, s.after.Count)
 	}
 	w.Flush()
 	fmt.Println()
-	fmt.Fprintln(w, "restore\timage\ttime\tuntil the guest answered\tguest's count\tbuffer\t")
+	fmt.Fprintln(w, "restore\timage\ttime\tuntil the guest counted on\tguest before\tguest's count\tbuffer")
 	for _, c := range d.checks {
-		fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%d\tintact\t\n", c.what, c.image, c.took.Round(time.Millisecond), c.until.Round(time.Millisecond), c.count)
+		counted, buffer := "?", "NOT SHOWN"
+		if n := len(c.counts); n > 0 {
+			counted = fmt.Sprintf("%d to %d", c.counts[0].Count, c.counts[n-1].Count)
+		}
+		if c.problem == nil {
+			buffer = fmt.Sprintf("intact %d times", len(c.counts))
+		}
+		fmt.Fprintf(w, "%s\t%s\t%v\t%v\t%s\t%s\t%s\n", c.what, c.image.name, c.took.Round(time.Millisecond), c.until.Round(time.Millisecond), c.was, counted, buffer)
 	}
 	w.Flush()
 }

@@ -1,7 +1,3 @@
-// Package pageset holds sets of pages: one bit a page, walked in runs.
-//
-// A [Set] is what the stages of a capture pass to one another: the dirty set, the pending set, the holes. It is dense,
-// since a dirty set is dense where it matters: 32 KiB for each GiB of guest memory, whatever it holds.
 package pageset
 
 import (
@@ -52,6 +48,11 @@ func (s *Set) Count() uint64 {
 // Has reports whether page is a member; pages outside the set's range are not.
 func (s *Set) Has(page uint64) bool {
 	return page < s.pages && s.words[page/64]&(1<<(page%64)) != 0
+}
+
+// Overlaps reports whether any page of the run is a member.
+func (s *Set) Overlaps(r Run) bool {
+	return r.Count > 0 && s.next(r.First, true) < min(r.End(), s.pages)
 }
 
 // Add makes every page of the run a member. It panics where the run leaves the set's range, since a page number outside

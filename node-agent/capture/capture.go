@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/vmckpt/vmckpt/image"
@@ -27,13 +28,13 @@ type capture struct {
 	target Target
 	repo   *image.Repository
 	o      Options
-	result Result
+	result *Result
 	report *reporter
 
 	running bool // the machine ran when the checkpoint began, and is to run afterwards
 	layout  qemu.Layout
 	blocks  []dirty.Block
-	machine json.RawMessage
+	machine qemu.Machine
 
 	session *dirty.Session
 	memory  *pagetable.Memory
@@ -52,6 +53,7 @@ type capture struct {
 	pipe        inject.RemoteFile
 	streamBytes uint64
 	sections    []devstate.Section
+	unanswered  bool // a command that writes into the pipe may still come to QEMU
 }
 
 // Run takes a checkpoint of the target and seals it as an image in the repository. Whatever the error, the machine goes on as before,
@@ -65,27 +67,39 @@ func Run(ctx context.Context, target Target, repo *image.Repository, o Options) 
 			err = fmt.Errorf("capture %v: %w", target.Process, err)
 		}
 	}()
-	c := &capture{target: target, repo: repo, o: o.withDefaults()}
-	c.result = Result{Image: o.Name, Began: time.Now()}
-	if err := image.CheckName(o.Name); err != nil {
-		return nil, err
+	o = o.withDefaults()
+	result := Result{Image: o.Name, Began: time.Now()}
+	err = once(ctx, target, repo, o, &result)
+	// Some damage to the parent shows only when a page is compared with it. A new base needs nothing of it.
+	if parent := new(image.ParentError); errors.As(err, &parent) && o.Mode == Auto && result.Parent != "" && ctx.Err() == nil {
+		o.Mode = Full
+		result = Result{Image: o.Name, Began: result.Began, Pauses: result.Pauses, Downtime: result.Downtime, Why: "a base: " + parent.Error()}
+		err = once(ctx, target, repo, o, &result)
 	}
-	c.report = newReporter(c.o.Progress)
-	defer c.report.stop()
-	c.o.step(StepBegun)
-	if err := c.prepare(ctx); err != nil {
-		c.close()
-		return nil, err
-	}
-	defer c.close()
-	instant, stream, err := c.take(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := c.seal(ctx, instant, stream); err != nil {
-		return nil, err
+	return &result, nil
+}
+
+// once takes a checkpoint in the mode it is asked for, and adds to the result.
+func once(ctx context.Context, target Target, repo *image.Repository, o Options, result *Result) error {
+	c := &capture{target: target, repo: repo, o: o, result: result}
+	if err := image.CheckName(o.Name); err != nil {
+		return err
 	}
-	return &c.result, nil
+	c.report = newReporter(c.o.Progress)
+	defer c.report.stop()
+	defer c.close()
+	c.o.step(StepBegun)
+	if err := c.prepare(ctx); err != nil {
+		return err
+	}
+	instant, stream, err := c.take(ctx)
+	if err != nil {
+		return err
+	}
+	return c.seal(ctx, instant, stream)
 }
 
 // prepare refuses what cannot be captured, and opens all that the checkpoint works with. The guest notices nothing of it, but for one
@@ -100,17 +114,7 @@ func (c *capture) prepare(ctx context.Context) error {
 	if c.layout, err = qemu.ReadLayout(ctx, m, p); err != nil {
 		return err
 	}
-	if err := qemu.Capturable(ctx, m, p, c.layout); err != nil {
-		return err
-	}
-	machine, err := qemu.Describe(ctx, m, p)
-	if err != nil {
-		return err
-	}
-	if c.machine, err = json.Marshal(machine); err != nil {
-		return fmt.Errorf("encode the machine's description: %w", err)
-	}
-	if c.blocks, err = dirty.Blocks(ctx, m, c.layout); err != nil {
+	if c.machine, c.blocks, err = c.describe(ctx); err != nil {
 		return err
 	}
 	if c.memory, err = pagetable.OpenMemory(p.PID); err != nil {
@@ -134,6 +138,19 @@ func (c *capture) prepare(ctx context.Context) error {
 	}
 	c.report.attach(c.writer.Progress)
 	return c.prepareLeash(ctx)
+}
+
+// describe refuses what cannot be captured, and says what the machine is.
+func (c *capture) describe(ctx context.Context) (machine qemu.Machine, blocks []dirty.Block, err error) {
+	p, m := c.target.Process, c.target.Monitor
+	if err := qemu.Capturable(ctx, m, p, c.layout); err != nil {
+		return machine, nil, err
+	}
+	if machine, err = qemu.Describe(ctx, m, p); err != nil {
+		return machine, nil, err
+	}
+	blocks, err = dirty.Blocks(ctx, m, c.layout)
+	return machine, blocks, err
 }
 
 // checkState refuses a machine that does not run, was not paused by its owner, or is being migrated.
@@ -164,27 +181,24 @@ func (c *capture) checkMigration(ctx context.Context) error {
 func (c *capture) prepareLeash(ctx context.Context) (err error) {
 	pid := c.target.Process.PID
 	if old := c.session.Leash(); old != nil {
-		// After a checkpoint that came to its end nothing can be left in that pipe, nor be on its way into it. After any other, a
-		// command of then may still wait in libvirt: it must not find a reader.
-		if _, err := c.session.Image(); err == nil && old.Pipe.Check(pid) == nil {
+		// After a checkpoint that was killed, a command of then may still wait in libvirt. It must not find a reader; nor may its
+		// descriptor's number become another file's, a disk's perhaps, which that command would open and overwrite. So such a pipe stays as
+		// it is: who writes to it gets EPIPE. After any other, nothing can be on its way into it.
+		if old.Idle && old.Pipe.Check(pid) == nil {
 			c.pipe = old.Pipe
-			if len(old.Sections) == 0 {
-				return nil // the record is a restore's, which knows nothing of it: a barrier will tell
+			if len(old.Sections) != 0 { // else nobody has seen a device state since: a barrier will
+				c.streamBytes = uint64(old.StreamBytes)
+				if err := json.Unmarshal(old.Sections, &c.sections); err != nil {
+					return fmt.Errorf("the device sections of the session record: %w", err)
+				}
 			}
-			c.streamBytes = uint64(old.StreamBytes)
-			return json.Unmarshal(old.Sections, &c.sections)
+			return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe})
 		}
-		// The new one first: it must not get the number of the old, which that command has.
-		defer func() {
-			if closed := inject.CloseFD(ctx, pid, old.Pipe); err == nil && closed != nil && !errors.Is(closed, inject.ErrIdentity) {
-				err = fmt.Errorf("close the pipe of a checkpoint that did not end: %w", closed)
-			}
-		}()
 	}
 	if c.pipe, err = inject.NewPipe(ctx, pid); err != nil {
 		return fmt.Errorf("make the leash's pipe: %w", err)
 	}
-	// In the record at once: whoever comes after a crash closes it.
+	// In the record at once, and not as idle: whoever comes after a crash leaves it alone.
 	return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe})
 }
 
@@ -219,6 +233,9 @@ func (c *capture) take(ctx context.Context) (*dirty.Instant, []byte, error) {
 			return nil, nil, err
 		}
 		last = err
+		if c.result.Downtime > c.o.PauseBound {
+			return nil, nil, &AttemptsError{attempt, last}
+		}
 		if err := c.again(ctx, last); err != nil {
 			return nil, nil, err
 		}
@@ -235,6 +252,14 @@ func (c *capture) again(ctx context.Context, failed error) error {
 	if err := c.sameMemory(ctx); err != nil {
 		return err
 	}
+	machine, blocks, err := c.describe(ctx)
+	if err != nil {
+		return err
+	}
+	if !slices.Equal(blocks, c.blocks) {
+		return fmt.Errorf("%w: what can be told of its RAM blocks is not what could be at the beginning", errChanged)
+	}
+	c.machine = machine // devices may come and go between two attempts, but not within one
 	left, err := c.dirtyNow(ctx)
 	if err != nil {
 		return err
@@ -253,6 +278,24 @@ func passing(err error) bool {
 	var refused *qemu.QMPError
 	return errors.Is(err, guard.ErrLetGo) || errors.Is(err, guard.ErrNotHeld) || errors.Is(err, errDisturbed) ||
 		errors.Is(err, dirty.ErrBroken) || errors.Is(err, errEnded) || errors.Is(err, errChanged) || errors.As(err, &refused)
+}
+
+// sameMachine makes sure that the machine is the one that the checkpoint describes, its devices above all: one that was plugged in or out
+// would be in the device state and not in the description, or the other way round, and one that cannot be captured would go unseen.
+func (c *capture) sameMachine(ctx context.Context) error {
+	machine, blocks, err := c.describe(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range qemu.Compare(c.machine, machine) {
+		if d.Fatal {
+			return fmt.Errorf("%w: %v", errChanged, d)
+		}
+	}
+	if !slices.Equal(blocks, c.blocks) {
+		return fmt.Errorf("%w: what can be told of its RAM blocks is not what could be at the beginning", errChanged)
+	}
+	return nil
 }
 
 // sameMemory makes sure that the machine's RAM blocks are those that the checkpoint began with.
@@ -286,8 +329,12 @@ func (c *capture) seal(ctx context.Context, instant *dirty.Instant, stream []byt
 	for k, v := range c.o.Attributes {
 		attributes[k] = v
 	}
+	machine, err := json.Marshal(c.machine)
+	if err != nil {
+		return fmt.Errorf("encode the machine's description: %w", err)
+	}
 	begin = time.Now()
-	img, err := c.writer.Seal(ctx, image.Contents{DeviceState: stream, Machine: c.machine, Attributes: attributes, Report: report})
+	img, err := c.writer.Seal(ctx, image.Contents{DeviceState: stream, Machine: machine, Attributes: attributes, Report: report})
 	if err != nil {
 		return err
 	}
@@ -316,7 +363,7 @@ func (c *capture) rememberLeash() error {
 	if err != nil {
 		return fmt.Errorf("encode the device sections: %w", err)
 	}
-	return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe, StreamBytes: int64(c.streamBytes), Sections: sections})
+	return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe, Idle: true, StreamBytes: int64(c.streamBytes), Sections: sections})
 }
 
 // close frees everything. An image that was not sealed is gone then.
@@ -326,6 +373,9 @@ func (c *capture) close() {
 		c.writer.Abort() //nolint:errcheck // what it leaves is swept
 	}
 	if c.session != nil {
+		if leash := c.session.Leash(); leash != nil && leash.Pipe == c.pipe && !leash.Idle && !c.unanswered {
+			c.session.SetLeash(&dirty.Leash{Pipe: c.pipe, Idle: true}) //nolint:errcheck // the next one makes another
+		}
 		c.session.Close() //nolint:errcheck // the record was written where it counts
 	}
 	if c.memory != nil {

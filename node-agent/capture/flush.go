@@ -6,6 +6,9 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/vmckpt/vmckpt/node-agent/inject"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 )
 
@@ -29,9 +32,13 @@ func (e *UnrestfulError) Error() string {
 
 // settleDisks flushes the machine's writable disks until that is quick, with the guest running, so that QEMU's own flush as it stops
 // the machine has little left to do.
-func settleDisks(ctx context.Context, m qemu.Monitor) error {
+func settleDisks(ctx context.Context, p *qemu.Process, m qemu.Monitor) error {
 	nodes, err := writableNodes(ctx, m)
 	if err != nil || len(nodes) == 0 {
+		return err
+	}
+	// First from here, by the files that QEMU has open: QEMU's own flush keeps the guest from its devices for as long as it takes.
+	if err := syncFiles(ctx, p); err != nil {
 		return err
 	}
 	begin := time.Now()
@@ -53,6 +60,30 @@ func settleDisks(ctx context.Context, m qemu.Monitor) error {
 		case time.Since(begin) > flushBound:
 			return &UnrestfulError{Waited: time.Since(begin), Last: took}
 		}
+	}
+}
+
+// syncFiles syncs what QEMU has open for writing of files and block devices. It does what it can: what it cannot sync, QEMU's flush will.
+func syncFiles(ctx context.Context, p *qemu.Process) error {
+	files, err := inject.OpenForWriting(p.PID)
+	if err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for _, f := range files {
+			unix.Fdatasync(int(f.Fd())) //nolint:errcheck // the guest is told of it by its own flush
+			f.Close()
+		}
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-time.After(flushBound): // QEMU's flush tells how far it has come
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 

@@ -26,10 +26,14 @@ const slowCopyTime = 8 * time.Microsecond
 // counts, and what it harvested is pending.
 func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 	c.report.phase("instant", 0)
-	if err := settleDisks(ctx, c.target.Monitor); err != nil {
+	if err := settleDisks(ctx, c.target.Process, c.target.Monitor); err != nil {
 		return nil, nil, err
 	}
 	if err := c.fillPool(ctx); err != nil {
+		return nil, nil, err
+	}
+	// A look at all page tables right before the hold: they are in the processor's caches when it comes to it.
+	if _, err := c.session.Estimate(ctx); err != nil {
 		return nil, nil, err
 	}
 	var (
@@ -61,6 +65,10 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 		}
 		still.part("re-arm")
 		c.o.step(StepRearmed)
+		// Whoever takes tracking over, with a record elsewhere, takes our userfaultfd out first: the pages that it protected do not show here.
+		if err := c.session.Tracked(); err != nil {
+			return err
+		}
 		if err := c.layout.Check(c.target.Process); err != nil {
 			return errors.Join(errChanged, err)
 		}
@@ -199,5 +207,12 @@ func (c *capture) confirm(ctx context.Context, stream []byte) error {
 	if err := c.sameMemory(ctx); err != nil {
 		return err
 	}
-	return c.checkMigration(ctx)
+	ran := c.running
+	if err := c.checkState(ctx); err != nil {
+		return err
+	}
+	if c.running != ran {
+		return fmt.Errorf("%w: it was running %v, and is running %v", errDisturbed, ran, c.running)
+	}
+	return c.sameMachine(ctx)
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 )
 
@@ -34,11 +35,11 @@ type Options struct {
 	Parent string
 
 	// VerifyParent has every byte of the parent checked before an increment is made on it; one that is damaged means a base. It reads
-	// the whole chain's data. Without it the parent's manifest, index and file sizes are checked, and damage within its pages is found by
-	// verifying or restoring.
+	// the whole chain's data. Without it damage is found in the parent's manifest and index, in the sizes of its files, and in the hashes
+	// that pages are compared with; damage within its pages is found by verifying or restoring.
 	VerifyParent bool
 
-	// RecordDir is where the node keeps session records; default [DefaultRecordDir]. It must not outlive the boot.
+	// RecordDir is where the node keeps session records; default [dirty.DefaultRecordDir]. It must not outlive the boot.
 	RecordDir string
 
 	// ResidueBudget is how long copying in the hold may take; default 5 ms, which is worth a page a microsecond. Where more is
@@ -69,9 +70,6 @@ type Options struct {
 	Hooks Hooks `json:"-"`
 }
 
-// DefaultRecordDir is where session records are kept: gone after a boot, like the processes they are about.
-const DefaultRecordDir = "/run/vmckpt"
-
 // Hooks let a test look and interfere. Each may be nil.
 type Hooks struct {
 	// Held is called while the machine is held, after the residue was copied and before it is let go.
@@ -87,7 +85,7 @@ type Hooks struct {
 // Step names a point in the course of a checkpoint.
 type Step string
 
-// The steps, in order. Those from Tracked to Copied come once a round.
+// The steps, in order. Those from Harvested to Copied come once a round.
 const (
 	StepBegun       Step = "begun"        // nothing was touched yet
 	StepInvalidated Step = "invalidated"  // the session record is invalid, and synced so
@@ -117,7 +115,7 @@ func (o Options) withDefaults() Options {
 		o.Mode = Auto
 	}
 	if o.RecordDir == "" {
-		o.RecordDir = DefaultRecordDir
+		o.RecordDir = dirty.DefaultRecordDir
 	}
 	if o.ResidueBudget == 0 {
 		o.ResidueBudget = 5 * time.Millisecond

@@ -65,18 +65,25 @@ func (c *capture) chooseParent(ctx context.Context) (*image.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	var newest *image.Summary
+	var newest, unreadable *image.Summary
 	for i, s := range images {
 		switch {
-		case s.Err != nil || s.Manifest.Attributes[AttributeUUID] != c.target.Process.UUID || s.Manifest.Attributes[AttributeGuest] != c.target.Process.Guest:
+		case s.Err != nil:
+			unreadable = &images[i]
+		case s.Manifest.Attributes[AttributeUUID] != c.target.Process.UUID, s.Manifest.Attributes[AttributeGuest] != c.target.Process.Guest:
 		case newest == nil || s.Manifest.Created.After(newest.Manifest.Created):
 			newest = &images[i]
 		}
 	}
-	if newest == nil {
-		return nil, ErrNoParent
+	switch {
+	case newest != nil:
+		return c.openParent(ctx, newest.Name)
+	case c.result.Why != "":
+		return nil, fmt.Errorf("%w: %s", ErrNoParent, c.result.Why)
+	case unreadable != nil: // it may be of this machine; that cannot be known
+		return nil, fmt.Errorf("%w: image %s cannot be read: %v", ErrNoParent, unreadable.Name, unreadable.Err)
 	}
-	return c.openParent(ctx, newest.Name)
+	return nil, ErrNoParent
 }
 
 func (c *capture) openParent(ctx context.Context, name string) (*image.Image, error) {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/node-agent/qemu/devstate"
 )
 
@@ -102,7 +103,7 @@ func (c *capture) copyable(ctx context.Context) (dirty.Sets, error) {
 func (c *capture) barrier(ctx context.Context) error {
 	var last error
 	for range c.o.Attempts {
-		if err := settleDisks(ctx, c.target.Monitor); err != nil {
+		if err := settleDisks(ctx, c.target.Process, c.target.Monitor); err != nil {
 			return err
 		}
 		stream, err := c.standStill(ctx, "barrier", 0, nil)
@@ -130,5 +131,5 @@ func (c *capture) learn(stream []byte) error {
 		return fmt.Errorf("the device state that QEMU wrote: %w", err)
 	}
 	c.streamBytes, c.sections = uint64(len(stream)), parsed.Sections
-	return nil
+	return qemu.CapturableState(c.target.Process, stream)
 }

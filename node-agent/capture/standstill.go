@@ -26,6 +26,9 @@ const (
 	// watchSlack is what the worker leaves the kernel's timer before it kills the holder itself.
 	watchSlack = 50 * time.Millisecond
 
+	// wakeBound is how long it may take to find out whether QEMU started the machine again, and to do so.
+	wakeBound = 10 * time.Second
+
 	// eventWait is how long the events of a pause may be behind the answer of its command; libvirt passes them on by another way.
 	eventWait = 250 * time.Millisecond
 )
@@ -84,6 +87,12 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 		c.result.Downtime += pause.Total
 	}()
 
+	// As late as can be: a migration that began since the last look might stop the machine itself while QEMU stops it for us, which ends in
+	// an assertion of QEMU's; and a guest that went to sleep would be stopped, and not started again. One that begins now does not come so
+	// far within the milliseconds that are left.
+	if err := c.checkState(ctx); err != nil {
+		return nil, err
+	}
 	pipe, err := openReadEnd(c.target.Process, c.pipe)
 	if err != nil {
 		return nil, err
@@ -169,8 +178,14 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 		return leash.Release()
 	}()
 	s.ended.Store(true)
+	// Whatever failed, QEMU is to come to the end of its command: one whose reader is gone leaves the pipe open in QEMU for good. The watch
+	// sees to it that this does not take long.
 	if err != nil {
-		leash.Kill()
+		s.bound.Store(int64(letGoBound))
+		s.watch.Reset(letGoBound + watchSlack)
+		if leash.Release() != nil {
+			leash.Kill()
+		}
 	}
 	released := time.Now()
 	s.partEnd = released
@@ -179,6 +194,7 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 	case <-answered:
 	case <-time.After(answerBound):
 		leash.Kill()
+		c.unanswered = true
 		return nil, errors.Join(err, fmt.Errorf("%w: xen-save-devices-state of %v, %v after its stream was let go", errNoAnswer, c.target.Process, answerBound))
 	}
 	s.part("let go")
@@ -218,6 +234,11 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 			}
 		}
 	}
+	if c.running && stops.Load() > 0 && resumes.Load() == 0 {
+		if woken := c.wake(); woken != nil {
+			return nil, errors.Join(err, refused, woken)
+		}
+	}
 	switch {
 	case refused != nil && err != nil:
 		// QEMU's refusal says only that its stream broke off; why it did is ours to say.
@@ -239,6 +260,32 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 	return stream, nil
 }
 
+// wake starts a machine again that QEMU stopped for our command and did not start. QEMU from 9.0 on stops a guest that sleeps (ACPI S3) as
+// well, and starts only those that ran; it goes to sleep between our look and our command. Nobody else brings it back: it cannot be woken
+// by the guest's own means, nor by system_wakeup. It sleeps on then.
+func (c *capture) wake() error {
+	ctx, cancel := context.WithTimeout(context.Background(), wakeBound) // whatever became of the checkpoint's own
+	defer cancel()
+	state, err := qemu.Status(ctx, c.target.Monitor)
+	if err != nil {
+		return fmt.Errorf("see whether QEMU started the machine again: %w", err)
+	}
+	if state != qemu.StateSaveVM {
+		return nil
+	}
+	migration, err := qemu.Migration(ctx, c.target.Monitor)
+	if err != nil {
+		return fmt.Errorf("see whether QEMU started the machine again: %w", err)
+	}
+	if !migration.Status.Idle() {
+		return fmt.Errorf("the machine was left %q, and not started as a migration is %q", string(state), string(migration.Status))
+	}
+	if err := c.target.Monitor.Execute(ctx, "cont", nil, nil); err != nil {
+		return fmt.Errorf("start the machine, which QEMU left %q: %w", string(state), err)
+	}
+	return fmt.Errorf("%w: the guest went to sleep as it was stopped", errDisturbed)
+}
+
 // soon waits a little for a value.
 func soon(c <-chan time.Time) (time.Time, bool) {
 	select {
@@ -251,18 +298,25 @@ func soon(c <-chan time.Time) (time.Time, bool) {
 
 // openReadEnd opens the pipe whose write end is in the process, for reading. It is the one reader: QEMU gets EPIPE when it is gone.
 func openReadEnd(p *qemu.Process, pipe inject.RemoteFile) (*os.File, error) {
-	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", p.PID, pipe.FD), os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	fail := func(err error) (*os.File, error) {
+		return nil, fmt.Errorf("open the leash's pipe, descriptor %d of %v: %w", pipe.FD, p, err)
+	}
+	// As a path first: what a hostile process has put there may be a device, which is not to be opened.
+	path, err := unix.Open(fmt.Sprintf("/proc/%d/fd/%d", p.PID, pipe.FD), unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("open the leash's pipe in %v: %w", p, err)
+		return fail(err)
 	}
+	defer unix.Close(path)
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("open the leash's pipe in %v: %w", p, err)
+	if err := unix.Fstat(path, &st); err != nil {
+		return fail(err)
 	}
-	if uint64(st.Dev) != pipe.Device || st.Ino != pipe.Inode || !p.Alive() {
-		f.Close()
-		return nil, fmt.Errorf("open the leash's pipe in %v: descriptor %d is another file by now: %w", p, pipe.FD, inject.ErrIdentity)
+	if uint64(st.Dev) != pipe.Device || st.Ino != pipe.Inode || st.Mode&unix.S_IFMT != unix.S_IFIFO || !p.Alive() {
+		return fail(inject.ErrIdentity)
+	}
+	f, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", path), os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fail(err)
 	}
 	return f, nil
 }

@@ -25,7 +25,7 @@ func BenchmarkHarvest(b *testing.B) {
 				b.Fatal(err)
 			}
 			b.Logf("first live harvest: %v", time.Since(started))
-			for _, every := range []uint64{0, 100, 10} {
+			for _, every := range []uint64{0, 430, 100, 10} {
 				name := "clean"
 				if every > 0 {
 					name = fmt.Sprintf("1 in %d written", every)

@@ -45,7 +45,6 @@ type command struct {
 	Count uint64 `json:"count"`
 	Seed  uint64 `json:"seed"`
 	FD    int    `json:"fd"`
-	File  string `json:"file"`
 	Areas []area `json:"areas"`
 	Punch bool   `json:"punch"` // let random writers punch holes into shared memory
 }
@@ -62,15 +61,11 @@ type childMemory struct {
 	bytes  [][]byte
 	stop   atomic.Bool
 	work   sync.WaitGroup
-	ioWork sync.WaitGroup
 	failed atomic.Value
 }
 
+// playMemory is called on the main thread.
 func playMemory() {
-	runtime.LockOSThread()
-	if unix.Gettid() != unix.Getpid() {
-		panic("not on the main thread")
-	}
 	c := &childMemory{}
 	in, out := bufio.NewReader(os.Stdin), json.NewEncoder(os.Stdout)
 	for {
@@ -103,7 +98,7 @@ func playMemory() {
 
 func (c *childMemory) do(cmd command, a *answer) error {
 	var mem []byte
-	if cmd.Op != "map" && cmd.Op != "start" && cmd.Op != "stop" && cmd.Op != "close" && cmd.Op != "wait" {
+	if cmd.Op != "map" && cmd.Op != "start" && cmd.Op != "stop" && cmd.Op != "close" {
 		mem = c.bytes[cmd.Area][cmd.First*4096 : (cmd.First+cmd.Count)*4096]
 	}
 	switch cmd.Op {
@@ -156,24 +151,6 @@ func (c *childMemory) do(cmd command, a *answer) error {
 	case "stop":
 		c.stop.Store(true)
 		c.work.Wait()
-		if err, _ := c.failed.Load().(error); err != nil {
-			return err
-		}
-	case "direct": // read the file into the memory past the page cache, without waiting for it
-		f, err := os.OpenFile(cmd.File, os.O_RDONLY|unix.O_DIRECT, 0)
-		if err != nil {
-			return err
-		}
-		c.ioWork.Add(1)
-		go func() {
-			defer c.ioWork.Done()
-			defer f.Close()
-			if n, err := unix.Pread(int(f.Fd()), mem, 0); n != len(mem) {
-				c.failed.Store(fmt.Errorf("direct read: %d of %d: %w", n, len(mem), err))
-			}
-		}()
-	case "wait":
-		c.ioWork.Wait()
 		if err, _ := c.failed.Load().(error); err != nil {
 			return err
 		}

@@ -58,6 +58,16 @@ func lockSession(dir *os.Root, p Process) (*os.File, error) {
 	return f, nil
 }
 
+// Lock keeps everybody else from a process's session until it is closed, without opening the session. It fails with [ErrBusy] where another
+// process has it.
+func Lock(recordDir string, p Process) (io.Closer, error) {
+	dir, lock, err := openRecordDir(recordDir, p)
+	if err != nil {
+		return nil, err
+	}
+	return lock, dir.Close()
+}
+
 func readHolder(f *os.File) int {
 	text, err := io.ReadAll(io.LimitReader(f, 32))
 	if err != nil {

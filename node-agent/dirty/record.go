@@ -40,7 +40,8 @@ type Image struct {
 // Leash is what a capture learned of the process for the next one's leash. Nothing here depends on it.
 type Leash struct {
 	Pipe        inject.RemoteFile `json:"pipe"`
-	StreamBytes int64             `json:"streamBytes"` // length of the device state
+	Idle        bool              `json:"idle,omitempty"` // no command that would write into the pipe can be on its way to QEMU
+	StreamBytes int64             `json:"streamBytes"`    // length of the device state
 	Sections    json.RawMessage   `json:"sections,omitempty"`
 }
 

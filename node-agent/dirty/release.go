@@ -53,16 +53,12 @@ func Release(ctx context.Context, p Process, recordDir string) (err error) {
 	for _, file := range present {
 		failed = append(failed, takeOut(ctx, p.PID, file))
 	}
-	if readErr == nil && old.Leash != nil && old.Leash.Pipe.Link != "" {
+	// After a capture that was killed, its command may still be on its way to QEMU, which opens the pipe by its number. That must not become
+	// another file's: the pipe stays, and costs a descriptor.
+	if readErr == nil && old.Leash != nil && old.Leash.Idle && old.Leash.Pipe.Link != "" {
 		failed = append(failed, closeRemote(ctx, p.PID, old.Leash.Pipe))
 	}
 	return errors.Join(failed...)
-}
-
-// Release ends the session and takes tracking out of the process.
-func (s *Session) Release(ctx context.Context) error {
-	p, recordDir := s.process, s.dir.Name()
-	return errors.Join(s.Close(), Release(ctx, p, recordDir))
 }
 
 // takeOut unregisters all that a userfaultfd in the process has, in steps, and closes it there.

@@ -299,7 +299,7 @@ func (s *Session) track(ctx context.Context) error {
 	s.record.Tracked = names // on the disk with the next write, which comes before the record can be valid for them
 	pid := s.process.PID
 	pages := &PageTables{blocks: s.blocks, tracked: tracked, pagemap: s.pagemap, uffd: s.uffd,
-		maps: func() ([]pagetable.Mapping, error) { return pagetable.Maps(pid) }}
+		maps: func(within []pagetable.Range) ([]pagetable.Mapping, error) { return pagetable.MapsWithin(pid, within) }}
 	hash := &ContentHash{blocks: s.blocks, covered: covered, pagemap: s.pagemap}
 	s.Union = NewUnion(s.blocks, s.pending, s.Invalidate, pages, hash)
 	return s.Union.Arm(ctx)
@@ -366,6 +366,18 @@ func (s *Session) Image() (Image, error) {
 
 // Untracked returns why each block is not tracked; nil for those that are.
 func (s *Session) Untracked() []error { return slices.Clone(s.untracked) }
+
+// Tracked fails with [ErrUntracked] where tracking is not this session's own any more: somebody with another record directory, who does not
+// see its lock, has taken its userfaultfd out of the process.
+func (s *Session) Tracked() error {
+	if s.uffd == nil {
+		return nil
+	}
+	if err := s.record.Userfaultfd.Check(s.process.PID); err != nil {
+		return fmt.Errorf("%w: another session has taken %v over: %w", ErrUntracked, s.process, err)
+	}
+	return nil
+}
 
 // Memory returns what backs each block.
 func (s *Session) Memory() []*evict.Memory { return slices.Clone(s.memory) }

@@ -379,7 +379,7 @@ func TestRelease(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.SetLeash(&Leash{Pipe: pipe, StreamBytes: 123, Sections: json.RawMessage(`["timer"]`)}); err != nil {
+	if err := s.SetLeash(&Leash{Pipe: pipe, Idle: true, StreamBytes: 123, Sections: json.RawMessage(`["timer"]`)}); err != nil {
 		t.Fatal(err)
 	}
 	image := sealed(t, s)
@@ -391,7 +391,8 @@ func TestRelease(t *testing.T) {
 	if got, err := s.Image(); err != nil || got != image {
 		t.Errorf("image: %v, %v", got, err)
 	}
-	if err := s.Release(t.Context()); err != nil {
+	s.Close()
+	if err := Release(t.Context(), c.process(), dir); err != nil {
 		t.Fatal(err)
 	}
 	mappings, err := pagetable.Mappings(c.pid())

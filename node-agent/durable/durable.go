@@ -1,7 +1,3 @@
-// Package durable writes the small files in which the node remembers things: a file is in place whole or not at all, and when a call
-// returns, what it did is on the disk and survives a crash of the machine.
-//
-// In goes a directory, a name in it and a value that JSON can carry. Whoever writes a name has it to himself, by a lock of his own.
 package durable
 
 import (

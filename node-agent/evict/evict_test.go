@@ -195,7 +195,24 @@ func TestUnpopulatedAgainstContent(t *testing.T) {
 					}
 				}
 			}
-			set := holes(t, m.resolve(t), p)
+			memory := m.resolve(t)
+			unmapped := map[string][]pageset.Run{}
+			for name, find := range map[string]func(*pagetable.Pagemap, uint64, uint64, pagetable.Categories, func(start, end uint64) error) error{
+				"scan": scanUnmapped, "entries": readUnmapped,
+			} {
+				found := pageset.New(memory.Pages())
+				if err := find(p, memory.Start, memory.End, pagetable.CategoryPresent|pagetable.CategorySwapped, func(start, end uint64) error {
+					found.Add(pageset.Run{First: (start - memory.Start) / 4096, Count: (end - start) / 4096})
+					return nil
+				}); err != nil {
+					t.Fatal(err)
+				}
+				unmapped[name] = slices.Collect(found.Runs())
+			}
+			if diff := cmp.Diff(unmapped["scan"], unmapped["entries"]); diff != "" {
+				t.Fatalf("shared %v: unmapped pages by scan and by reading every entry:\n%s", shared, diff)
+			}
+			set := holes(t, memory, p)
 			for page := range uint64(pages) {
 				if zero := m.bytes[page*4096] == 0; zero != set.Has(page) {
 					t.Fatalf("shared %v: page %d has content %v and is a hole %v", shared, page, !zero, set.Has(page))

@@ -18,27 +18,62 @@ func (m *Memory) Unpopulated(ctx context.Context, pagemap *pagetable.Pagemap) (*
 	if m.Backing == SharedHuge || m.Backing == Other {
 		return holes, nil
 	}
-	const populated = pagetable.CategoryPresent | pagetable.CategorySwapped
-	args := pagetable.ScanArgs{
-		Start: m.Start, End: m.End,
-		// Neither present nor swapped. A page of shared memory that is present is populated for sure, one that is
-		// swapped may be a protection that outlived its page, and must be looked up in the file.
-		CategoryInverted: populated, CategoryMask: populated, ReturnMask: populated,
-	}
+	// Neither present nor swapped. A page of shared memory that is present is populated for sure, one that is swapped may be
+	// a protection that outlived its page, and must be looked up in the file.
+	populated := pagetable.CategoryPresent | pagetable.CategorySwapped
 	if m.Backing == SharedMemory {
-		args.CategoryInverted, args.CategoryMask = pagetable.CategoryPresent, pagetable.CategoryPresent
+		populated = pagetable.CategoryPresent
 	}
-	err := pagemap.Scan(args, func(r pagetable.Region) error {
+	unmapped := func(start, end uint64) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		run := pageset.Run{First: (r.Start - m.Start) / pageset.PageBytes, Count: (r.End - r.Start) / pageset.PageBytes}
+		run := pageset.Run{First: (start - m.Start) / pageset.PageBytes, Count: (end - start) / pageset.PageBytes}
 		return m.Holes(run, holes.Add)
-	})
+	}
+	err := scanUnmapped(pagemap, m.Start, m.End, populated, unmapped)
+	if errors.Is(err, pagetable.ErrUnsupported) {
+		err = readUnmapped(pagemap, m.Start, m.End, populated, unmapped)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("find unpopulated memory: %w", err)
 	}
 	return holes, nil
+}
+
+// scanUnmapped calls visit for the ranges of addresses whose pages have none of the categories.
+func scanUnmapped(pagemap *pagetable.Pagemap, start, end uint64, populated pagetable.Categories, visit func(start, end uint64) error) error {
+	return pagemap.Scan(pagetable.ScanArgs{
+		Start: start, End: end, CategoryInverted: populated, CategoryMask: populated, ReturnMask: populated,
+	}, func(r pagetable.Region) error { return visit(r.Start, r.End) })
+}
+
+// readUnmapped is scanUnmapped for kernels that have no PAGEMAP_SCAN (before Linux 6.7): it reads the entry of every page, which
+// takes twenty times as long.
+func readUnmapped(pagemap *pagetable.Pagemap, start, end uint64, populated pagetable.Categories, visit func(start, end uint64) error) error {
+	begin, at := start, start // of the range at hand: what lies in it has none of the categories
+	flush := func() error {
+		if begin == at {
+			return nil
+		}
+		return visit(begin, at)
+	}
+	err := pagemap.Entries(start, end, func(_ uint64, entries []pagetable.Entry) error {
+		for _, e := range entries {
+			if e.Present() && populated&pagetable.CategoryPresent != 0 || e.Swapped() && populated&pagetable.CategorySwapped != 0 {
+				if err := flush(); err != nil {
+					return err
+				}
+				begin = at + pageset.PageBytes
+			}
+			at += pageset.PageBytes
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return flush()
 }
 
 // Holes gives the parts of a run that are unpopulated, for a run of pages that no page table maps (neither present

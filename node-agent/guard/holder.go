@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmckpt/vmckpt/node-agent/inject"
 )
 
 // holderVariable marks a process as the holder of a leash; its value is the length of the stream to hold at, see [Main].
@@ -100,12 +102,12 @@ func hold(holdAt uint64) error {
 	if err := unix.Mlock(stream[:min(streamBound, holdAt+streamLocked)]); err != nil {
 		return fmt.Errorf("lock the stream's memory: %w", err)
 	}
-	timer, err := newKillTimer()
+	timer, err := inject.NewKillTimer()
 	if err != nil {
 		return err
 	}
 	// From here on the kernel ends us, whatever becomes of us.
-	if err := timer.set(startBound + holdBound); err != nil {
+	if err := timer.Set(startBound + holdBound); err != nil {
 		return err
 	}
 	if err := send(holderControlFD, message{kind: kindArmed}); err != nil {
@@ -149,7 +151,7 @@ func hold(holdAt uint64) error {
 				if released { // it is only read through
 					holdBound = max(holdBound, releaseBound)
 				}
-				if err := timer.set(holdBound); err != nil {
+				if err := timer.Set(holdBound); err != nil {
 					return err
 				}
 				if err := send(holderControlFD, message{kind: kindFirst}); err != nil {
@@ -177,11 +179,11 @@ func hold(holdAt uint64) error {
 		switch m.kind {
 		case kindRelease:
 			released = true
-			if err := timer.set(releaseBound); err != nil {
+			if err := timer.Set(releaseBound); err != nil {
 				return err
 			}
 		case kindExtend:
-			if err := timer.set(time.Duration(m.number)); err != nil {
+			if err := timer.Set(time.Duration(m.number)); err != nil {
 				return err
 			}
 		case kindFinish:

@@ -76,10 +76,6 @@ func Start(ctx context.Context, o Options) (_ *Leash, err error) {
 		if o.StreamBytes < shortStream {
 			l.pipeBytes = pipeBytesShort
 		}
-		if o.StreamBytes <= restPipes*l.pipeBytes {
-			return nil, fmt.Errorf("hold a device state of %d bytes: too short to be held", o.StreamBytes)
-		}
-		l.holdAt = o.StreamBytes - restPipes*l.pipeBytes
 	}
 	if err := unix.SetNonblock(int(o.Pipe.Fd()), true); err != nil {
 		return nil, fmt.Errorf("make the leash's pipe non-blocking: %w", err)
@@ -87,8 +83,16 @@ func Start(ctx context.Context, o Options) (_ *Leash, err error) {
 	if err := drain(int(o.Pipe.Fd())); err != nil {
 		return nil, err
 	}
-	if _, err := unix.FcntlInt(o.Pipe.Fd(), unix.F_SETPIPE_SZ, int(l.pipeBytes)); err != nil {
+	capacity, err := unix.FcntlInt(o.Pipe.Fd(), unix.F_SETPIPE_SZ, int(l.pipeBytes))
+	if err != nil {
 		return nil, fmt.Errorf("set the leash's pipe to %d bytes: %w", l.pipeBytes, err)
+	}
+	l.pipeBytes = uint64(capacity) // a page at the least, and those may be large
+	if o.StreamBytes != 0 {
+		if o.StreamBytes <= restPipes*l.pipeBytes {
+			return nil, fmt.Errorf("hold a device state of %d bytes: too short to be held by a pipe of %d", o.StreamBytes, l.pipeBytes)
+		}
+		l.holdAt = o.StreamBytes - restPipes*l.pipeBytes
 	}
 	memory, err := unix.MemfdCreate("vmckpt-device-state", unix.MFD_CLOEXEC)
 	if err != nil {

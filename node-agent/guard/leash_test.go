@@ -179,7 +179,7 @@ func TestLengthOtherThanKnown(t *testing.T) {
 	}
 }
 
-// TestHolderKilledOrStopped ends, stops and hangs the holder at each point of its life: the writer must come free each time, within
+// TestHolderKilledOrStopped kills, stops and terminates the holder at each point of its life: the writer must come free each time, within
 // the bound, and the worker must be told that the hold does not count.
 func TestHolderKilledOrStopped(t *testing.T) {
 	const bound = 300 * time.Millisecond

@@ -27,9 +27,8 @@ func lockMemory() error {
 		if m.Inode == 0 || !m.Read || strings.HasPrefix(m.Path, "/memfd:") {
 			continue
 		}
-		// Not x/sys's Mlock: it wants a slice, and the runtime's checks of pointers none of memory that it has not made.
-		if _, _, errno := unix.Syscall(unix.SYS_MLOCK, uintptr(m.Start), uintptr(m.Bytes()), 0); errno != 0 {
-			return fmt.Errorf("lock %s in the holder's memory: %w", m.Path, errno)
+		if err := m.LockOwn(); err != nil {
+			return fmt.Errorf("lock the holder's memory: %w", err)
 		}
 	}
 	return nil

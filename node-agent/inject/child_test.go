@@ -38,11 +38,8 @@ type tally struct {
 	Descriptors []string // the links of its open files
 }
 
-// childMain waits for bytes on its standard input in ppoll on the main thread, and answers each with its tally.
+// childMain waits for bytes on its standard input in ppoll on the main thread, which it is called on, and answers each with its tally.
 func childMain(mode string) {
-	if unix.Gettid() != unix.Getpid() {
-		panic("not on the main thread")
-	}
 	debug.SetGCPercent(-1) // else the runtime would shrink the stack
 	growStack()            // the scratch memory has to lie on this goroutine's stack, as it would on a C stack
 	mode, filtered := strings.CutSuffix(mode, "+seccomp")

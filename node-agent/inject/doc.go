@@ -53,5 +53,5 @@
 //
 // ptrace belongs to a thread and a stop must not wait for anything, so the work is done by a process of its own: this
 // binary executed again, recognised by [Main], with all signals blocked, its memory locked and a kernel timer that
-// kills it when its time is up. It is always right to kill it.
+// kills it when its time is up ([KillTimer]; the holder of a leash has one too). It is always right to kill it.
 package inject

@@ -8,7 +8,6 @@ import (
 	"os/signal"
 	"runtime"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -100,7 +99,7 @@ func execute(req request, steps *steps) (Report, error) {
 	if err := preflight(req.PID); err != nil {
 		return Report{}, err
 	}
-	bound, err := newKillTimer()
+	bound, err := NewKillTimer()
 	if err != nil {
 		return Report{}, err
 	}
@@ -109,12 +108,12 @@ func execute(req request, steps *steps) (Report, error) {
 		if err := awaitPark(req.PID, deadline); err != nil {
 			return Report{}, err
 		}
-		if err := bound.set(stopBound); err != nil {
+		if err := bound.Set(stopBound); err != nil {
 			return Report{}, err
 		}
 		report, err := stopAndRun(req, steps)
 		report.Attempts = attempts
-		if err := bound.set(0); err != nil {
+		if err := bound.Set(0); err != nil {
 			return Report{}, err
 		}
 		if err != errMissed || time.Now().After(deadline) {
@@ -153,38 +152,6 @@ func awaitPark(pid int, deadline time.Time) error {
 		}
 		time.Sleep(pause)
 	}
-}
-
-// killTimer is a kernel timer that kills this process: it works when our own threads do not get to run, and when our parent
-// is gone.
-type killTimer struct{ id int32 }
-
-// sigevent is struct sigevent, include/uapi/asm-generic/siginfo.h (SIGEV_MAX_SIZE bytes).
-type sigevent struct {
-	value  uint64
-	signo  int32
-	notify int32 // 0 is SIGEV_SIGNAL
-	_      [48]byte
-}
-
-func newKillTimer() (killTimer, error) {
-	event := sigevent{signo: int32(unix.SIGKILL)}
-	var t killTimer
-	if _, _, errno := unix.Syscall(unix.SYS_TIMER_CREATE, unix.CLOCK_MONOTONIC,
-		uintptr(unsafe.Pointer(&event)), uintptr(unsafe.Pointer(&t.id))); errno != 0 {
-		return t, fmt.Errorf("create a timer: %w", errno)
-	}
-	return t, nil
-}
-
-// set lets the process be killed in d from now; 0 takes that back.
-func (t killTimer) set(d time.Duration) error {
-	spec := struct{ interval, value unix.Timespec }{value: unix.NsecToTimespec(int64(d))}
-	if _, _, errno := unix.Syscall6(unix.SYS_TIMER_SETTIME, uintptr(t.id), 0,
-		uintptr(unsafe.Pointer(&spec)), 0, 0, 0); errno != 0 {
-		return fmt.Errorf("set a timer: %w", errno)
-	}
-	return nil
 }
 
 // steps records each instruction boundary that the work passes, and is where a test has the helper wait or die.

@@ -193,7 +193,7 @@ func TestRefusals(t *testing.T) {
 		mode    string
 		prepare func(t *testing.T, c *child)
 		want    error
-		before  bool // Preflight sees it as well
+		before  bool // preflight sees it as well
 	}{
 		{"not in ppoll", childSleeps, func(*testing.T, *child) {}, ErrBusy, false},
 		{"traced", childForever, trace, ErrTraced, true},
@@ -213,7 +213,7 @@ func TestRefusals(t *testing.T) {
 			if _, err := NewPipe(ctx, c.pid()); !errors.Is(err, tc.want) {
 				t.Errorf("got %v, want %v", err, tc.want)
 			}
-			if err := Preflight(c.pid()); errors.Is(err, tc.want) != tc.before || err != nil != tc.before {
+			if err := preflight(c.pid()); errors.Is(err, tc.want) != tc.before || err != nil != tc.before {
 				t.Errorf("preflight: %v", err)
 			}
 		})
@@ -469,4 +469,36 @@ func BenchmarkStop(b *testing.B) {
 func median(d []time.Duration) time.Duration {
 	slices.Sort(d)
 	return d[len(d)/2]
+}
+
+func TestOpenForWriting(t *testing.T) {
+	dir := t.TempDir()
+	written, err := os.Create(dir + "/written")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer written.Close()
+	read, err := os.Open(dir + "/written")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	files, err := OpenForWriting(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, f := range files {
+		name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+		if err != nil {
+			t.Error(err)
+		}
+		if strings.HasPrefix(name, dir) {
+			names = append(names, name)
+		}
+		f.Close()
+	}
+	if len(names) != 1 || names[0] != written.Name() {
+		t.Errorf("open for writing in %s: %v", dir, names)
+	}
 }

@@ -1,24 +1,28 @@
 package inject
 
 import (
+	"fmt"
 	"os"
-	"runtime"
 	"testing"
+
+	"github.com/vmckpt/vmckpt/test/mainthread"
 )
 
-// childMark names the environment variable that makes the test binary a process to inject into.
+// childMark names the environment variable that makes the test binary a process to inject into, or one with a kill timer.
 const childMark = "INJECT_TEST_CHILD"
-
-func init() {
-	if os.Getenv(childMark) != "" {
-		runtime.LockOSThread() // keeps main, and so TestMain, on the main thread
-	}
-}
 
 func TestMain(m *testing.M) {
 	Main()
-	if mode := os.Getenv(childMark); mode != "" {
+	switch mode := os.Getenv(childMark); mode {
+	case "":
+		os.Exit(m.Run())
+	case childKillTimer:
+		killTimerMain()
+	default:
+		if err := mainthread.Take(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 		childMain(mode)
 	}
-	os.Exit(m.Run())
 }

@@ -14,15 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Preflight reports why calls could not be injected into process pid, as far as that can be known without stopping it.
+// preflight reports why calls could not be injected into process pid, as far as that can be known without stopping it.
 // It does not ask whether the main thread is in ppoll, which changes by the millisecond.
-func Preflight(pid int) error {
-	if err := preflight(pid); err != nil {
-		return fmt.Errorf("inject into process %d: %w", pid, err)
-	}
-	return nil
-}
-
 func preflight(pid int) error {
 	if err := checkArchitecture(pid); err != nil {
 		return err

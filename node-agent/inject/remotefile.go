@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -79,4 +80,41 @@ func (f RemoteFile) Duplicate(pid int) (*os.File, error) {
 		return fail(ErrIdentity)
 	}
 	return os.NewFile(uintptr(fd), f.Link), nil
+}
+
+// OpenForWriting duplicates the regular files and block devices that process pid has open for writing; the caller closes them. One that is
+// closed meanwhile is left out.
+func OpenForWriting(pid int) ([]*os.File, error) {
+	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		return nil, fmt.Errorf("list the open files of process %d: %w", pid, err)
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open process %d: %w", pid, err)
+	}
+	defer unix.Close(pidfd)
+	var files []*os.File
+	for _, e := range entries {
+		remote, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		fd, err := unix.PidfdGetfd(pidfd, remote, 0)
+		if err != nil {
+			continue
+		}
+		var st unix.Stat_t
+		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+		kind := uint32(0)
+		if err == nil && flags&unix.O_PATH == 0 && flags&unix.O_ACCMODE != unix.O_RDONLY && unix.Fstat(fd, &st) == nil {
+			kind = st.Mode & unix.S_IFMT
+		}
+		if kind != unix.S_IFREG && kind != unix.S_IFBLK {
+			unix.Close(fd)
+			continue
+		}
+		files = append(files, os.NewFile(uintptr(fd), fmt.Sprintf("descriptor %d of process %d", remote, pid)))
+	}
+	return files, nil
 }

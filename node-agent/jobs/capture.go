@@ -42,6 +42,7 @@ func runCapture(ctx context.Context, r CaptureRequest, progress func(any)) (*cap
 		return nil, err
 	}
 	defer monitor.Close()
+	target := restore.Target{Process: process, Monitor: monitor}
 	return capture.Run(ctx, capture.Target{Process: process, Monitor: monitor}, repository, capture.Options{
 		Name:          r.Name,
 		Mode:          r.Mode,
@@ -54,7 +55,7 @@ func runCapture(ctx context.Context, r CaptureRequest, progress func(any)) (*cap
 		Attributes:    r.Attributes,
 		VerifyParent:  r.VerifyParent,
 		// What a restore has half written is nobody's memory.
-		Admit:    func() error { return restore.Invalid(recordDir(r.RecordDir), sessionOf(process)) },
+		Admit:    func() error { return restore.Admit(ctx, target, recordDir(r.RecordDir)) },
 		Progress: func(p capture.Progress) { progress(p) },
 	})
 }

@@ -37,6 +37,8 @@ const (
 	CodeBusy         Code = "busy"          // somebody else is at work on the VM or the image
 	CodeNotPermitted Code = "not-permitted" // this user may not do it
 	CodeLost         Code = "lost"          // a restore has begun to write the VM's memory and has not finished: it must not run
+	CodeStopped      Code = "stopped"       // a restore stopped the VM, did not write to it and could not let it go on
+	CodeNotRunning   Code = "not-running"   // a restore is complete, and the VM does not run as it was to
 	CodeInterrupted  Code = "interrupted"   // it was asked to end
 	CodeDied         Code = "worker-died"   // the worker process was killed, or crashed
 )
@@ -49,6 +51,10 @@ func CodeOf(err error) Code {
 	switch {
 	case as[*restore.InvalidMemoryError](err) != nil: // whatever it was caused by
 		return CodeLost
+	case as[*restore.StoppedError](err) != nil: // the same: how the VM was left matters more than why
+		return CodeStopped
+	case as[*restore.RestoredError](err) != nil:
+		return CodeNotRunning
 	case errors.Is(err, supervise.ErrUnwanted), errors.Is(err, context.Canceled):
 		return CodeInterrupted
 	case as[*supervise.DiedError](err) != nil:
@@ -68,7 +74,7 @@ func CodeOf(err error) Code {
 	case errors.Is(err, capture.ErrStopped), errors.Is(err, capture.ErrMigrating), as[*restore.StateError](err) != nil:
 		return CodeState
 	case as[*capture.ResidueError](err) != nil, as[*capture.AttemptsError](err) != nil,
-		as[*capture.UnrestfulError](err) != nil, errors.Is(err, restore.ErrResumed):
+		as[*capture.UnrestfulError](err) != nil, errors.Is(err, restore.ErrResumed), errors.Is(err, restore.ErrMigrating):
 		return CodeUnsteady
 	case errors.Is(err, capture.ErrNoParent), as[*image.ParentError](err) != nil: // before its cause: the image asked for is not the damaged one
 		return CodeParent

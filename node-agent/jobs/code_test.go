@@ -44,6 +44,7 @@ func TestCodes(t *testing.T) {
 		{&qemu.LayoutError{}, CodeRefused},
 		{&capture.StateError{State: qemu.StateIOError}, CodeState},
 		{capture.ErrMigrating, CodeState},
+		{restore.ErrMigrating, CodeUnsteady},
 		{&restore.StateError{State: qemu.StateRunning}, CodeState},
 		{&capture.AttemptsError{Last: errors.New("disturbed")}, CodeUnsteady},
 		{&capture.AttemptsError{Last: &image.SpaceError{}}, CodeUnsteady},
@@ -64,6 +65,10 @@ func TestCodes(t *testing.T) {
 		{syscall.EPERM, CodeNotPermitted},
 		{&restore.InvalidMemoryError{Err: context.Canceled}, CodeLost},
 		{&restore.InvalidMemoryError{Err: damage}, CodeLost},
+		{&restore.StoppedError{Err: supervise.ErrUnwanted, Why: qemu.ErrMonitorClosed}, CodeStopped},
+		{&restore.StoppedError{Err: &supervise.DiedError{}, Why: &supervise.JobError{Code: "unreachable"}}, CodeStopped},
+		{&restore.RestoredError{Err: &restore.StateError{State: qemu.StateIOError}}, CodeNotRunning},
+		{&restore.RestoredError{Err: context.Canceled}, CodeNotRunning},
 	} {
 		for _, err := range []error{c.err, fmt.Errorf("capture web: %w", c.err)} {
 			if got := CodeOf(err); got != c.want {

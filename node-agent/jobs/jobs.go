@@ -11,9 +11,10 @@ import (
 
 // The names of the jobs.
 const (
-	nameCapture = "capture"
-	nameRestore = "restore"
-	nameRelease = "release"
+	nameCapture  = "capture"
+	nameRestore  = "restore"
+	nameContinue = "continue"
+	nameRelease  = "release"
 )
 
 // dialTimeout bounds how long a monitor may take to answer.
@@ -22,9 +23,10 @@ const dialTimeout = 10 * time.Second
 // All returns the jobs, for [supervise.Main].
 func All() map[string]supervise.Job {
 	return map[string]supervise.Job{
-		nameCapture: job(runCapture),
-		nameRestore: job(runRestore),
-		nameRelease: job(runRelease),
+		nameCapture:  job(runCapture),
+		nameRestore:  job(runRestore),
+		nameContinue: job(runContinue),
+		nameRelease:  job(runRelease),
 	}
 }
 

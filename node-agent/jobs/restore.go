@@ -3,7 +3,10 @@ package jobs
 import (
 	"context"
 	"errors"
+	"fmt"
+	"time"
 
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/node-agent/restore"
 	"github.com/vmckpt/vmckpt/node-agent/supervise"
 )
@@ -22,7 +25,7 @@ type RestoreRequest struct {
 }
 
 // Restore puts an image into a machine, in a worker. An error after which the machine's memory is invalid has [CodeLost], a worker
-// that was killed in the middle included.
+// that was killed in the middle included. A machine that such a worker had stopped and not written to is continued.
 func Restore(ctx context.Context, r RestoreRequest, h Handlers[restore.Progress]) (*restore.Result, error) {
 	// Found here, for the case that the worker cannot tell any more which process it was at work on.
 	process, err := r.VM.Find(ctx)
@@ -32,13 +35,46 @@ func Restore(ctx context.Context, r RestoreRequest, h Handlers[restore.Progress]
 	r.VM.PID = process.PID
 	result, err := do[restore.Result](ctx, nameRestore, r, h)
 	if died := as[*supervise.DiedError](err); died != nil {
-		var invalid *restore.InvalidMemoryError
-		if errors.As(restore.Invalid(recordDir(r.RecordDir), sessionOf(process)), &invalid) {
-			invalid.Err = died
-			return nil, invalid
-		}
+		return nil, afterDeath(ctx, r, process, died)
 	}
 	return result, err
+}
+
+// continueBound is how long it may take to let a machine go on whose restore was killed: a disk that is being flushed by its `stop` is waited for.
+const continueBound = 30 * time.Second
+
+// afterDeath says what a restore that was killed has left behind, and puts right what can be.
+func afterDeath(ctx context.Context, r RestoreRequest, process *qemu.Process, died *supervise.DiedError) error {
+	dir := recordDir(r.RecordDir)
+	var invalid *restore.InvalidMemoryError
+	if errors.As(restore.Invalid(dir, sessionOf(process)), &invalid) {
+		invalid.Err = died
+		return invalid
+	}
+	stop, err := restore.LeftStopped(dir, sessionOf(process))
+	if err != nil {
+		return errors.Join(died, err)
+	}
+	if stop == nil || !process.Alive() {
+		return died
+	}
+	// Whatever it was that killed the worker, an interrupt included: this is to be done. It is a worker of its own, since nothing that
+	// waits for a machine is done in this process.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), continueBound)
+	defer cancel()
+	if err := supervise.Run(ctx, nameContinue, r, nil, supervise.Options{}); err != nil {
+		return &restore.StoppedError{Err: died, Why: err}
+	}
+	return fmt.Errorf("%w; the machine, stopped for the restore and not written to, was continued", died)
+}
+
+func runContinue(ctx context.Context, r RestoreRequest, _ func(any)) (any, error) {
+	process, monitor, err := r.VM.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer monitor.Close()
+	return nil, restore.Continue(ctx, restore.Target{Process: process, Monitor: monitor}, recordDir(r.RecordDir))
 }
 
 func runRestore(ctx context.Context, r RestoreRequest, progress func(any)) (*restore.Result, error) {

@@ -37,13 +37,12 @@ func (e Entry) PFN() uint64 {
 	return uint64(e & entryPFN)
 }
 
-// Pagemap is the open pagemap of one process. Scan may be called by several goroutines at once, Entries by one: it keeps a buffer.
+// Pagemap is the open pagemap of one process. Its methods may be called by several goroutines at once.
 // It stays with the process it was opened on: after an exec or exit reads come back empty, never from another process.
 type Pagemap struct {
 	pid     int
 	file    *os.File
 	regions sync.Pool // of *[regionsAtOnce]region
-	entries []Entry
 }
 
 // OpenPagemap opens the page tables of process pid, for reading and for the protecting scan. It needs the right to trace
@@ -71,10 +70,8 @@ func (p *Pagemap) Entries(start, end uint64, visit func(at uint64, entries []Ent
 	if start%pageBytes != 0 || end%pageBytes != 0 || end < start {
 		return fmt.Errorf("read page tables of process %d: [%#x,%#x) is not a range of whole pages", p.pid, start, end)
 	}
-	if p.entries == nil {
-		p.entries = make([]Entry, entriesAtOnce)
-	}
-	raw := unsafe.Slice((*byte)(unsafe.Pointer(&p.entries[0])), entriesAtOnce*entryBytes)
+	entries := make([]Entry, entriesAtOnce)
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(&entries[0])), entriesAtOnce*entryBytes)
 	for at := start; at < end; {
 		n := min(entriesAtOnce, (end-at)/pageBytes)
 		got, err := p.file.ReadAt(raw[:n*entryBytes], int64(at/pageBytes*entryBytes))
@@ -82,7 +79,7 @@ func (p *Pagemap) Entries(start, end uint64, visit func(at uint64, entries []Ent
 		if whole == 0 {
 			return fmt.Errorf("read page tables of process %d at %#x: %w", p.pid, at, err)
 		}
-		if err := visit(at, p.entries[:whole]); err != nil {
+		if err := visit(at, entries[:whole]); err != nil {
 			return err
 		}
 		at += uint64(whole) * pageBytes

@@ -2,7 +2,9 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -11,7 +13,10 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmckpt/vmckpt/node-agent/pagetable"
+	"github.com/vmckpt/vmckpt/node-agent/qemu/devstate"
 )
 
 // Code names a kind of reason for which a VM is refused. Codes are for programs and stay the same; texts are for people.
@@ -27,6 +32,7 @@ const (
 	CodeForeignMemory   Code = "foreign-memory" // device emulation in another process
 	CodeHugePages       Code = "1gib-pages"
 	CodeSharedWriter    Code = "shared-writer"
+	CodeNested          Code = "nested-guests"
 	CodeMigrationBlock  Code = "migration-blocked" // among others, a device whose state QEMU cannot save
 	CodeMigrationActive Code = "migration-active"
 	CodeRunState        Code = "run-state"
@@ -63,6 +69,7 @@ type refusal struct {
 // blockers.
 var refusedDevices = []refusal{
 	{[]string{"vfio-*"}, CodeVFIO, "hardware writes the guest's memory and holds state of its own"},
+	{[]string{"pvrdma"}, CodeVFIO, "hardware writes the guest's memory"},
 	{[]string{"vhost-vdpa*"}, CodeVDPA, "hardware writes the guest's memory"},
 	{[]string{"vhost-user-*"}, CodeVhostUser, "another process writes the guest's memory and holds state of its own"},
 	{[]string{"virtio-mem*", "pc-dimm", "nvdimm", "virtio-pmem*", "sgx-epc", "hv-balloon"}, CodeMemoryDevice,
@@ -73,7 +80,7 @@ var refusedDevices = []refusal{
 
 // refusedBlockDrivers are drivers of block nodes.
 var refusedBlockDrivers = []refusal{
-	{[]string{"nvme"}, CodeVFIO, "hardware writes the guest's memory"},
+	{[]string{"nvme", "nvme-io_uring", "virtio-blk-vfio-*"}, CodeVFIO, "hardware writes the guest's memory"},
 	{[]string{"virtio-blk-vhost-vdpa"}, CodeVDPA, "hardware writes the guest's memory"},
 	{[]string{"virtio-blk-vhost-user"}, CodeVhostUser, "another process writes the guest's memory"},
 }
@@ -111,6 +118,15 @@ func Capturable(ctx context.Context, m Monitor, p *Process, layout Layout) error
 		reasons = append(reasons, Reason{CodeRunState, fmt.Sprintf("the VM is %s, neither running nor paused", state)})
 	}
 	return refuse(p, reasons)
+}
+
+// CapturableState refuses a VM by its device state: whose guest runs guests of its own under KVM. The processor then writes pages of its memory
+// (a virtual APIC, posted interrupts) that KVM has mapped for it, past all page tables, for as long as the inner guest runs.
+func CapturableState(p *Process, stream []byte) error {
+	if !devstate.HasNestedGuests(stream) {
+		return nil
+	}
+	return refuse(p, []Reason{{CodeNested, "the guest runs guests of its own, for which hardware writes memory unseen"}})
 }
 
 // Supported is Capturable without a look at the run state: for a VM that something is to be loaded into.
@@ -185,7 +201,7 @@ func againstDevices(ctx context.Context, m Monitor) ([]Reason, error) {
 			reasons = append(reasons, r...)
 		}
 	}
-	for _, container := range []string{"/machine/peripheral", "/machine/peripheral-anon"} {
+	for _, container := range []string{"/machine/peripheral", "/machine/peripheral-anon", "/objects"} { // a vfio-user server is an object
 		var children []struct {
 			Type string `json:"type"`
 		}
@@ -293,8 +309,13 @@ func sharedWriters(p *Process, files map[string]string) ([]Reason, error) {
 			continue
 		}
 		mappings, err := pagetable.Maps(pid)
-		if err != nil {
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH), errors.Is(err, fs.ErrPermission):
 			continue // ended, or not ours to look at
+		case err != nil:
+			// Who can make its mappings unreadable must not hide by it.
+			reasons = append(reasons, Reason{CodeSharedWriter, fmt.Sprintf("process %d cannot be looked at for whether it can write the guest's memory: %v", pid, err)})
+			continue
 		}
 		for _, m := range mappings {
 			block, ours := files[device(m)+" "+strconv.FormatUint(m.Inode, 10)]

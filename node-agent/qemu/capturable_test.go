@@ -15,7 +15,7 @@ func TestRefusedTypes(t *testing.T) {
 		"vfio-pci": CodeVFIO, "vfio-pci-nohotplug": CodeVFIO, "vfio-user-pci": CodeVFIO,
 		"vhost-vdpa-device-pci": CodeVDPA, "vhost-user-fs-pci": CodeVhostUser, "vhost-user-blk-pci": CodeVhostUser,
 		"virtio-mem-pci": CodeMemoryDevice, "pc-dimm": CodeMemoryDevice, "nvdimm": CodeMemoryDevice,
-		"ivshmem-plain": CodeIvshmem, "x-pci-proxy-dev": CodeForeignMemory,
+		"ivshmem-plain": CodeIvshmem, "x-pci-proxy-dev": CodeForeignMemory, "x-vfio-user-server": CodeForeignMemory, "pvrdma": CodeVFIO,
 		"virtio-gpu-pci": "", "virtio-blk-pci": "", "vhost-vsock-pci": "", "nvme-ns": "", "pcie-root-port": "", "virtio-balloon-pci": "",
 	} {
 		var got Code
@@ -24,6 +24,17 @@ func TestRefusedTypes(t *testing.T) {
 		}
 		if got != want {
 			t.Errorf("%s: %q, want %q", typename, got, want)
+		}
+	}
+}
+
+func TestRefusedBlockDrivers(t *testing.T) {
+	for driver, refused := range map[string]bool{
+		"nvme": true, "nvme-io_uring": true, "virtio-blk-vfio-pci": true, "virtio-blk-vhost-vdpa": true, "virtio-blk-vhost-user": true,
+		"file": false, "host_device": false, "raw": false, "qcow2": false, "nbd": false, "io_uring": false,
+	} {
+		if got := len(against(refusedBlockDrivers, "block driver", driver)) > 0; got != refused {
+			t.Errorf("%s is refused: %v, want %v", driver, got, refused)
 		}
 	}
 }

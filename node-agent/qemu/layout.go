@@ -103,6 +103,15 @@ func ReadLayout(ctx context.Context, m Monitor, p *Process) (Layout, error) {
 	if err != nil {
 		return nil, fmt.Errorf("qemu %v: %w", p, err)
 	}
+	var total, bound uint64
+	if bound, err = memoryBound(); err != nil {
+		return nil, err
+	}
+	for _, r := range rows {
+		if total += r.usedBytes; total > bound {
+			return nil, &LayoutError{p.String(), r.name, fmt.Sprintf("more than %d GiB of memory in all, more than this host could give", bound>>30)}
+		}
+	}
 	layout := make(Layout, 0, len(rows))
 	for _, r := range rows {
 		b, err := place(p, maps, r)
@@ -120,10 +129,24 @@ func ReadLayout(ctx context.Context, m Monitor, p *Process) (Layout, error) {
 	return layout, nil
 }
 
+// memoryBound is up to how much memory of a VM is believed, in bytes: four times what the host has, since hosts give out more than they have, and
+// 64 GiB on any. What is kept of each page while a VM is captured must not be more than the host has because a VM says so.
+func memoryBound() (uint64, error) {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0, fmt.Errorf("ask how much memory the host has: %w", err)
+	}
+	return max(4*(uint64(info.Totalram)+uint64(info.Totalswap))*uint64(info.Unit), 64<<30), nil
+}
+
 // Check compares the layout with the mappings that the process has now, without asking QEMU: for moments when it cannot
 // answer. It sees a block that was unmapped or that lies on another file, not one that was added or grew.
 func (l Layout) Check(p *Process) error {
-	maps, err := pagetable.Maps(p.PID)
+	ranges := make([]pagetable.Range, len(l))
+	for i, b := range l {
+		ranges[i] = pagetable.Range{Start: b.HVA, End: b.HVA + b.Bytes}
+	}
+	maps, err := pagetable.MapsWithin(p.PID, ranges)
 	if err != nil {
 		return fmt.Errorf("qemu %v: %w", p, err)
 	}

@@ -199,7 +199,7 @@ func registers(t *testing.T, m Monitor) string {
 
 // A checkpoint of an older QEMU goes into a newer one that has its machine type, and the comparison says so beforehand.
 func TestDeviceStateIntoNewerQEMU(t *testing.T) {
-	older, newer := distribution(t), qemu10(t)
+	older, newer := qemu72(t), qemu10(t)
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)

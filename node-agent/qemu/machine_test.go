@@ -17,11 +17,10 @@ import (
 // emulator is one QEMU build that tests run against.
 type emulator struct{ path string }
 
-// forEachQEMU runs f against the distribution's QEMU and against QEMU 10, in parallel. One that is not there is skipped,
-// saying so.
+// forEachQEMU runs f against QEMU 7.2 and against QEMU 10, in parallel. One that is not there is skipped, saying so.
 func forEachQEMU(t *testing.T, f func(t *testing.T, e emulator)) {
 	t.Helper()
-	for name, find := range map[string]func(*testing.T) emulator{"distribution": distribution, "qemu10": qemu10} {
+	for name, find := range map[string]func(*testing.T) emulator{"qemu7.2": qemu72, "qemu10": qemu10} {
 		t.Run(name, func(t *testing.T) {
 			e := find(t)
 			t.Parallel()
@@ -30,31 +29,43 @@ func forEachQEMU(t *testing.T, f func(t *testing.T, e emulator)) {
 	}
 }
 
-func distribution(t *testing.T) emulator {
+func qemu72(t *testing.T) emulator {
 	t.Helper()
-	path, err := exec.LookPath("qemu-system-x86_64")
-	if err != nil {
-		t.Skipf("QEMU is missing: %v", err)
-	}
-	return emulator{path}
+	return findQEMU(t, "version 7.2.", unpacked("qemu-7.2"))
 }
 
-// qemu10 is the QEMU that VMCKPT_QEMU10 names, or the one that hack/setup unpacked.
+// qemu10 is the QEMU that VMCKPT_QEMU10 names, or any other of that version.
 func qemu10(t *testing.T) emulator {
 	t.Helper()
-	name := os.Getenv("VMCKPT_QEMU10")
-	if name == "" {
-		cache := os.Getenv("VMCKPT_CACHE")
-		if cache == "" {
-			cache = "../../.cache"
+	if path := os.Getenv("VMCKPT_QEMU10"); path != "" {
+		return emulator{path}
+	}
+	return findQEMU(t, "version 10.", unpacked("qemu-10"))
+}
+
+// unpacked is where hack/setup puts a QEMU that is not the system's.
+func unpacked(directory string) string {
+	cache := os.Getenv("VMCKPT_CACHE")
+	if cache == "" {
+		cache = "../../.cache"
+	}
+	return filepath.Join(cache, directory, "qemu-system-x86_64")
+}
+
+// findQEMU returns the unpacked QEMU or the system's, whichever has the version.
+func findQEMU(t *testing.T, version, unpacked string) emulator {
+	t.Helper()
+	for _, name := range []string{unpacked, "qemu-system-x86_64"} {
+		path, err := exec.LookPath(name)
+		if err != nil {
+			continue
 		}
-		name = filepath.Join(cache, "qemu-10", "qemu-system-x86_64")
+		if out, err := exec.CommandContext(t.Context(), path, "--version").Output(); err == nil && strings.Contains(string(out), version) {
+			return emulator{path}
+		}
 	}
-	path, err := exec.LookPath(name)
-	if err != nil {
-		t.Skipf("QEMU 10 is missing (run hack/setup, or set VMCKPT_QEMU10): %v", err)
-	}
-	return emulator{path}
+	t.Skipf("QEMU %s is missing (run hack/setup)", strings.Trim(strings.TrimPrefix(version, "version "), "."))
+	return emulator{}
 }
 
 // guest is a QEMU that a test started, ended with the test.

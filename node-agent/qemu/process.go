@@ -71,6 +71,9 @@ type NoMatchError struct {
 }
 
 func (e *NoMatchError) Error() string {
+	if len(e.Present) == 0 {
+		return fmt.Sprintf("no running QEMU with %v; none is seen on this host", e.Wanted)
+	}
 	return fmt.Sprintf("no running QEMU with %v; there are: %s", e.Wanted, names(e.Present))
 }
 
@@ -85,9 +88,6 @@ func (e *AmbiguousError) Error() string {
 }
 
 func names(ps []*Process) string {
-	if len(ps) == 0 {
-		return "none"
-	}
 	var parts []string
 	for i, p := range ps {
 		if i == 10 {

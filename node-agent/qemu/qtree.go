@@ -20,6 +20,7 @@ type Device struct {
 // Bounds on what is believed of a device tree: some tens of devices are usual, hundreds possible.
 const (
 	maxDevices    = 4096
+	maxDevicePath = 4096 // bytes: each holds the names of all devices and buses above it
 	maxQTreeBytes = 4 << 20
 )
 
@@ -74,6 +75,9 @@ func parseQTree(text string) ([]Device, error) {
 			top.count[f[1]]++
 			devices = append(devices, Device{Path: fmt.Sprintf("%s/%s[%d]", top.path, f[1], n), Type: f[1], ID: f[2],
 				Properties: make(map[string]string)})
+			if len(devices[len(devices)-1].Path) > maxDevicePath {
+				return nil, fmt.Errorf("a device too deep in the tree: %.200q", devices[len(devices)-1].Path)
+			}
 			stack = append(stack, node{indent, devices[len(devices)-1].Path, len(devices) - 1, make(map[string]int)})
 		case top.device < 0: // the bus's type
 		default:

@@ -16,6 +16,9 @@ var (
 
 	// ErrResumed: somebody else resumed the machine during the restore.
 	ErrResumed = errors.New("the machine was resumed by somebody else")
+
+	// ErrMigrating: somebody else has begun to migrate the machine during the restore.
+	ErrMigrating = errors.New("a migration of the machine was begun by somebody else")
 )
 
 // StateError says that the machine is in a state in which it cannot be restored into, or continued. Running machines are an [ErrNotPaused].
@@ -110,3 +113,26 @@ func (e *InvalidMemoryError) Error() string {
 
 // Unwrap returns what ended the restore.
 func (e *InvalidMemoryError) Unwrap() error { return e.Err }
+
+// StoppedError says that a restore stopped a machine which ran, wrote nothing to it, and could not let it go on: it stands still, with its own memory.
+type StoppedError struct {
+	Err error // what ended the restore
+	Why error // what kept the machine from going on
+}
+
+func (e *StoppedError) Error() string {
+	return fmt.Sprintf("%v; the machine, stopped for the restore and not written to, was not continued: %v", e.Err, e.Why)
+}
+
+// Unwrap returns what ended the restore.
+func (e *StoppedError) Unwrap() error { return e.Err }
+
+// RestoredError says that the machine is restored, its memory whole and its own, and does not run though it was to.
+type RestoredError struct{ Err error }
+
+func (e *RestoredError) Error() string {
+	return fmt.Sprintf("the machine is restored and whole, but not running: %v", e.Err)
+}
+
+// Unwrap returns what kept it from running.
+func (e *RestoredError) Unwrap() error { return e.Err }

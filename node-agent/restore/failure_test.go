@@ -171,6 +171,58 @@ func TestResumedInTheMiddle(t *testing.T) {
 	}
 }
 
+// Somebody migrates the machine in the middle of a restore: its half-written memory is kept from leaving.
+func TestMigratedInTheMiddle(t *testing.T) {
+	r := newRig(t)
+	source := r.start(small(machine.V10))
+	img := r.capture(source, "base")
+	o := r.options()
+	o.InPlace = true
+	var writes atomic.Int32
+	o.Hooks.Write = func(string, pageset.Run) error {
+		if writes.Add(1) == 3 {
+			// Nobody reads what it sends.
+			return source.Monitor.Execute(t.Context(), "migrate", map[string]string{"uri": "exec:sleep 2"}, nil)
+		}
+		time.Sleep(5 * time.Millisecond)
+		return nil
+	}
+	_, err := Run(t.Context(), source.target(), img, o)
+	if !errors.Is(err, ErrMigrating) {
+		t.Error(err)
+	}
+	r.marked(source, err)
+	r.migrates(source, qemu.MigrationCancelled)
+	r.restore(source, img, r.options())
+	r.goesOn(source)
+}
+
+// One that was too fast is told of: there is no mark where the memory went.
+func TestMigratedTooFast(t *testing.T) {
+	m := new(commands)
+	w := &watch{monitor: m, cancel: func(error) {}}
+	for _, idle := range []qemu.MigrationStatus{"", qemu.MigrationNone, qemu.MigrationCancelled, qemu.MigrationCancelling, qemu.MigrationFailed} {
+		if w.migrates(idle) || w.Err() != nil {
+			t.Errorf("%q: %v", idle, w.Err())
+		}
+	}
+	w.marked.Store(true)
+	w.migrates(qemu.MigrationCompleted)
+	if err := w.Err(); !errors.Is(err, ErrMigrating) || !strings.Contains(err.Error(), "must not run either") || !slices.Equal(*m, commands{"migrate_cancel"}) {
+		t.Errorf("commands %v, then %v", *m, err)
+	}
+}
+
+// commands is a monitor that notes them.
+type commands []string
+
+func (c *commands) Execute(_ context.Context, command string, _, _ any) error {
+	*c = append(*c, command)
+	return nil
+}
+func (c *commands) Subscribe(...string) *qemu.Subscription { return nil }
+func (c *commands) Close() error                           { return nil }
+
 func TestResumedWhileMemoryIsWritten(t *testing.T) {
 	r := newRig(t)
 	source := r.start(small(machine.V10))
@@ -283,6 +335,37 @@ func TestMemoryWrittenBySomebodyElse(t *testing.T) {
 	}
 }
 
+// QEMU's main loop writes a page after what was written was taken and before tracking starts over: that page shows in no harvest, and is
+// put right all the same.
+func TestMemoryWrittenBetweenHarvestAndRearm(t *testing.T) {
+	const gpa = writer.FirstGPA + 5*pageset.PageBytes + 8
+	r := newRig(t)
+	source := r.start(small(machine.V10))
+	img := r.capture(source, "base")
+	twin := r.start(source.Twin())
+	o := r.options()
+	o.FullCompare = false // it would be found by that
+	// Protection goes by spans: it takes a neighbour of a written page along.
+	o.Hooks.Step = func(s Step) error {
+		if s == StepLoaded {
+			return twin.WriteGuest(t.Context(), gpa, []byte("before the harvest"))
+		}
+		return nil
+	}
+	var rounds int
+	o.Hooks.Harvested = func() error {
+		if rounds++; rounds == 1 {
+			return twin.WriteGuest(t.Context(), gpa+pageset.PageBytes, []byte("after the harvest"))
+		}
+		return nil
+	}
+	result := r.restore(twin, img, o)
+	if !slices.ContainsFunc(result.PutAgain, func(b BlockPages) bool { return b.Block == "pc.ram" && b.Pages == 2 }) {
+		t.Errorf("put again: %v", result.PutAgain)
+	}
+	r.goesOn(twin)
+}
+
 // QEMU ends in the middle.
 func TestQEMUDiesInTheMiddle(t *testing.T) {
 	for _, step := range stepsTouching {
@@ -346,6 +429,7 @@ type childRequest struct {
 	PID                                int
 	Step                               Step // "" to be killed at the Write-th write
 	Write                              int32
+	InPlace                            bool
 }
 
 // TestKilledAtEachStep has restores killed with -9, one after the other, in the same machine. The last one finishes.
@@ -436,7 +520,7 @@ func runChild() {
 		}
 		die := func() { unix.Kill(os.Getpid(), unix.SIGKILL) }
 		var writes atomic.Int32
-		o := Options{RecordDir: request.Records}
+		o := Options{RecordDir: request.Records, InPlace: request.InPlace}
 		o.Hooks.Step = func(s Step) error {
 			if s == request.Step {
 				die()
@@ -454,4 +538,167 @@ func runChild() {
 	}()
 	fmt.Fprintln(os.Stderr, err)
 	os.Exit(1)
+}
+
+// A restore killed with -9 between its stop and the mark leaves a note; whoever sees it die lets the machine go on, where that is ours to do.
+func TestKilledAfterItsStop(t *testing.T) {
+	r := newRig(t)
+	source := r.start(small(machine.V10))
+	r.capture(source, "base")
+	source.monitor.Close()
+	request := childRequest{Repository: r.repoDir, Image: "base", Records: r.records, Socket: source.Socket, PID: source.PID, Step: StepStopped, InPlace: true}
+	killed := func() {
+		t.Helper()
+		r.killed(request)
+		if state := r.state(source); state != qemu.StatePaused {
+			t.Fatalf("the machine is %s", state)
+		}
+	}
+	mend := func() error {
+		m, err := qemu.DialUnix(t.Context(), source.Socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		return Continue(t.Context(), Target{Process: source.process, Monitor: m}, r.records)
+	}
+	noted := func() bool {
+		stop, err := LeftStopped(r.records, source.dirtyProcess())
+		if err != nil {
+			t.Error(err)
+		}
+		stops, err := Stops(r.records)
+		if err != nil || len(stops) != 0 != (stop != nil) {
+			t.Errorf("all notes: %v, %v", stops, err)
+		}
+		return stop != nil
+	}
+
+	killed()
+	if !noted() {
+		t.Error("nothing says that the restore stopped the machine")
+	}
+	if err := mend(); err != nil {
+		t.Error(err)
+	}
+	if state := r.state(source); state != qemu.StateRunning || noted() {
+		t.Errorf("continued, the machine is %s, noted: %v", state, noted())
+	}
+	r.goesOn(source)
+
+	// One that its owner has paused since is not woken.
+	if err := source.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := mend(); err != nil {
+		t.Error(err)
+	}
+	if state := r.state(source); state != qemu.StatePaused {
+		t.Errorf("a machine that its owner paused is %s", state)
+	}
+	r.goesOn(source)
+
+	// Nor one that goes elsewhere.
+	killed()
+	if err := source.Monitor.Execute(t.Context(), "migrate", map[string]string{"uri": "exec:sleep 10"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	r.migrates(source, qemu.MigrationActive)
+	if err := mend(); err == nil || !strings.Contains(err.Error(), "migration") {
+		t.Errorf("while it migrates: %v", err)
+	}
+	if state := r.state(source); state == qemu.StateRunning {
+		t.Error("a machine that migrates was woken")
+	}
+	if err := source.Monitor.Execute(t.Context(), "migrate_cancel", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	r.migrates(source, qemu.MigrationCancelled)
+
+	// A machine that was seen to run since needs no note.
+	r.goesOn(source)
+	m, err := qemu.DialUnix(t.Context(), source.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if err := Admit(t.Context(), Target{Process: source.process, Monitor: m}, r.records); err != nil || noted() {
+		t.Errorf("after it was admitted: %v, noted: %v", err, noted())
+	}
+}
+
+// A restore that has stopped the machine and cannot let it go on says so, whatever ended it.
+func TestStoppedAndNotContinued(t *testing.T) {
+	r := newRig(t)
+	source := r.start(small(machine.V10))
+	img := r.capture(source, "base")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	o := r.options()
+	o.InPlace = true
+	o.Hooks.Step = func(s Step) error {
+		if s != StepStopped {
+			return nil
+		}
+		cancel()
+		if err := source.Monitor.Execute(t.Context(), "migrate", map[string]string{"uri": "exec:sleep 10"}, nil); err != nil {
+			t.Error(err)
+		}
+		r.migrates(source, qemu.MigrationActive)
+		return ctx.Err()
+	}
+	_, err := Run(ctx, source.target(), img, o)
+	var stopped *StoppedError
+	if !errors.As(err, &stopped) || !errors.Is(err, context.Canceled) && !errors.Is(err, ErrMigrating) || !strings.Contains(err.Error(), "not continued: a migration is active") {
+		t.Errorf("the restore ended with: %v", err)
+	}
+	if stop, err := LeftStopped(r.records, source.dirtyProcess()); stop == nil || err != nil {
+		t.Errorf("the note: %v, %v", stop, err)
+	}
+}
+
+// What goes wrong after the memory is whole is told as that.
+func TestRestoredAndNotRunning(t *testing.T) {
+	r := newRig(t)
+	source := r.start(small(machine.V10))
+	img := r.capture(source, "base")
+	o := r.options()
+	o.InPlace, o.Run = true, true
+	fails := func(ctx context.Context, step func(Step) error) {
+		t.Helper()
+		o.Hooks.Step = step
+		_, err := Run(ctx, source.target(), img, o)
+		var restored *RestoredError
+		if !errors.As(err, &restored) {
+			t.Error(err)
+		}
+		if err := Invalid(r.records, source.dirtyProcess()); err != nil {
+			t.Error(err)
+		}
+		if state := r.state(source); state != qemu.StatePaused {
+			t.Errorf("the machine is %s", state)
+		}
+		r.judge(source, img)
+		r.goesOn(source)
+	}
+	fails(t.Context(), failAt(StepUnmarked))
+	ctx, cancel := context.WithCancel(t.Context())
+	fails(ctx, func(s Step) error {
+		if s == StepUnmarked {
+			cancel()
+		}
+		return nil
+	})
+
+	// Somebody who is faster does what was to be done.
+	o.Hooks.Step = func(s Step) error {
+		if s == StepUnmarked {
+			return source.Continue(t.Context())
+		}
+		return nil
+	}
+	if result, err := Run(t.Context(), source.target(), img, o); err != nil || !result.Resumed {
+		t.Errorf("continued by somebody else: %+v, %v", result, err)
+	}
+	r.goesOn(source)
 }

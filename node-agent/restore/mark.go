@@ -30,12 +30,15 @@ type Mark struct {
 
 const (
 	markVersion  = 1
-	markMaxBytes = 64 << 10
+	noteMaxBytes = 64 << 10
 	markSuffix   = ".memory-invalid"
 )
 
-func markName(p dirty.Process) string {
-	return fmt.Sprintf("%d-%d%s", p.PID, p.StartTime, markSuffix)
+func markName(p dirty.Process) string { return noteName(p, markSuffix) }
+
+// noteName is the name of a file about a process.
+func noteName(p dirty.Process, suffix string) string {
+	return fmt.Sprintf("%d-%d%s", p.PID, p.StartTime, suffix)
 }
 
 // Invalid returns an [*InvalidMemoryError] where a restore has left the memory of a process half written: such a machine must be neither
@@ -67,23 +70,31 @@ func Invalid(recordDir string, p dirty.Process) error {
 }
 
 func readMark(dir *os.Root, p dirty.Process) (*Mark, error) {
-	f, err := dir.OpenFile(markName(p), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, markMaxBytes))
-	if err != nil {
-		return nil, err
-	}
 	m := new(Mark)
-	if err := json.Unmarshal(text, m); err != nil {
-		return nil, fmt.Errorf("%s: %w", markName(p), err)
+	if err := readNote(dir, markName(p), m); err != nil {
+		return nil, err
 	}
 	if m.Version != markVersion || m.Process != p {
 		return nil, fmt.Errorf("%s: has version %d and is of %v", markName(p), m.Version, m.Process)
 	}
 	return m, nil
+}
+
+// readNote reads a small JSON file.
+func readNote(dir *os.Root, name string, note any) error {
+	f, err := dir.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, noteMaxBytes))
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(text, note); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
 }
 
 // write puts the mark in place, whole or not at all, and returns when it is on the disk.
@@ -108,37 +119,41 @@ func (m *Mark) remove(dir *os.Root) error {
 	return nil
 }
 
-// Sweep removes the marks of processes that are gone.
+// Sweep removes the marks and notes of processes that are gone, and returns how many files that were.
 func Sweep(recordDir string) (int, error) {
 	entries, err := os.ReadDir(recordDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("sweep marks of invalid memory: %w", err)
+		return 0, fmt.Errorf("sweep marks and notes of restores: %w", err)
 	}
 	dir, err := os.OpenRoot(recordDir)
 	if err != nil {
-		return 0, fmt.Errorf("sweep marks of invalid memory: %w", err)
+		return 0, fmt.Errorf("sweep marks and notes of restores: %w", err)
 	}
 	defer dir.Close()
 	removed := 0
 	for _, e := range entries {
-		p, ok := parseMarkName(e.Name())
+		p, ok := parseNoteName(e.Name())
 		if !ok || started(p) {
 			continue
 		}
 		if err := dir.Remove(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return removed, fmt.Errorf("sweep marks of invalid memory: %w", err)
+			return removed, fmt.Errorf("sweep marks and notes of restores: %w", err)
 		}
 		removed++
 	}
 	return removed, nil
 }
 
-// parseMarkName is the inverse of markName, and takes a temporary mark as well.
-func parseMarkName(name string) (dirty.Process, bool) {
-	stem, ok := strings.CutSuffix(strings.TrimSuffix(name, ".new"), markSuffix)
+// parseNoteName is the inverse of noteName, and takes a temporary file as well.
+func parseNoteName(name string) (dirty.Process, bool) {
+	name = strings.TrimSuffix(name, ".new")
+	stem, ok := strings.CutSuffix(name, markSuffix)
+	if !ok {
+		stem, ok = strings.CutSuffix(name, stopSuffix)
+	}
 	first, second, _ := strings.Cut(stem, "-")
 	pid, err1 := strconv.Atoi(first)
 	start, err2 := strconv.ParseUint(second, 10, 64)

@@ -132,7 +132,9 @@ func (f *filler) putZeros(span image.Span) error {
 				return err
 			}
 			for rest := range nonzero(got, run) {
-				if err := f.write(b, rest.First, zeros[:rest.Count*pageset.PageBytes]); err != nil {
+				zeros := buf.want[:rest.Count*pageset.PageBytes]
+				clear(zeros)
+				if err := f.write(b, rest.First, zeros); err != nil {
 					return err
 				}
 				f.zeroed.Add(rest.Count * pageset.PageBytes)
@@ -142,9 +144,6 @@ func (f *filler) putZeros(span image.Span) error {
 	}
 	return nil
 }
-
-// zeros are written over what is to be zero. Nobody writes to them.
-var zeros [chunkBytes]byte
 
 // uniformWord is the word that all of the span consists of.
 func uniformWord(span image.Span) (uint64, bool) {

@@ -14,6 +14,11 @@ type Target struct {
 	Monitor qemu.Monitor
 }
 
+// session names the process as session records do.
+func (t Target) session() dirty.Process {
+	return dirty.Process{PID: t.Process.PID, StartTime: t.Process.StartTime}
+}
+
 // Options say how an image is restored. The zero value restores into a machine that stands still, and leaves it so.
 type Options struct {
 	// InPlace allows a machine that runs to be stopped, and what it is doing to be lost.
@@ -29,7 +34,7 @@ type Options struct {
 	// memory is lost already: it is for callers that have verified the image a moment ago.
 	SkipVerify bool
 
-	// RecordDir is where the node keeps session records and the marks of invalid memory; default [DefaultRecordDir].
+	// RecordDir is where the node keeps session records and the marks of invalid memory; default [dirty.DefaultRecordDir].
 	RecordDir string
 
 	// Parallel is how many threads put memory in; default one for each processor.
@@ -46,9 +51,6 @@ type Options struct {
 	Hooks Hooks
 }
 
-// DefaultRecordDir is where session records and marks are kept: gone after a boot, like the processes they are about.
-const DefaultRecordDir = dirty.DefaultRecordDir
-
 // Hooks let a test look and interfere. Each may be nil; an error ends the restore.
 type Hooks struct {
 	// Step is called at each named step, see [Steps].
@@ -56,6 +58,9 @@ type Hooks struct {
 
 	// Write is called before memory is written, from several goroutines.
 	Write func(block string, run pageset.Run) error
+
+	// Harvested is called after the load, each time between taking what was written and starting over.
+	Harvested func() error
 }
 
 // Step names a point in the course of a restore.
@@ -86,7 +91,7 @@ var Steps = []Step{
 
 func (o Options) withDefaults() Options {
 	if o.RecordDir == "" {
-		o.RecordDir = DefaultRecordDir
+		o.RecordDir = dirty.DefaultRecordDir
 	}
 	if o.Settle == 0 {
 		o.Settle = 100 * time.Millisecond
@@ -100,4 +105,12 @@ func (o Options) step(s Step) error {
 		return nil
 	}
 	return o.Hooks.Step(s)
+}
+
+// harvested calls the test's hook.
+func (o Options) harvested() error {
+	if o.Hooks.Harvested == nil {
+		return nil
+	}
+	return o.Hooks.Harvested()
 }

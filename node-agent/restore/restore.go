@@ -40,8 +40,11 @@ type restore struct {
 }
 
 // Run restores an image into the target. The errors to act on are [*image.DamageError] and [*MismatchError], [*StateError] ([ErrNotPaused]),
-// [dirty.ErrBusy], [dirty.ErrGone] and [ErrResumed]. Whatever the error, if it is no [*InvalidMemoryError] the machine is as it was before; if it is one, the
-// machine stands still with its memory half written, is marked so ([Invalid]), and waits for the next restore.
+// [dirty.ErrBusy], [dirty.ErrGone], [ErrResumed] and [ErrMigrating]. Whatever the error, the machine is as it was before, but for three:
+//
+//   - [*InvalidMemoryError]: it stands still with its memory half written, is marked so ([Invalid]), and waits for the next restore.
+//   - [*RestoredError]: it is restored, all of it, and was to run and does not.
+//   - [*StoppedError]: it stands still, was not written to, and ran before.
 func Run(ctx context.Context, target Target, img *image.Image, o Options) (_ *Result, err error) {
 	r := &restore{target: target, image: img, manifest: img.Manifest(), o: o.withDefaults()}
 	defer func() {
@@ -68,7 +71,7 @@ func (r *restore) readImage(ctx context.Context) (err error) {
 	defer r.phase("read")()
 	if !r.o.SkipVerify {
 		r.report.phase("verifying", 0)
-		if err := r.image.Verify(ctx, r.report.reach); err != nil {
+		if err := r.image.VerifyFiles(ctx, r.report.reach); err != nil {
 			return err
 		}
 	}
@@ -93,7 +96,7 @@ func (r *restore) withMachine(parent context.Context) (err error) {
 	if err := r.o.step(StepExamined); err != nil {
 		return err
 	}
-	p := dirty.Process{PID: r.target.Process.PID, StartTime: r.target.Process.StartTime}
+	p := r.target.session()
 	if r.session, err = dirty.Open(ctx, p, r.dirtyBlocks, r.o.RecordDir, dirty.Options{}); err != nil {
 		return err
 	}
@@ -111,7 +114,7 @@ func (r *restore) withMachine(parent context.Context) (err error) {
 	}
 	defer dir.Close()
 
-	r.watch = startWatch(r.target.Monitor, cancel)
+	r.watch = startWatch(ctx, r.target.Monitor, cancel)
 	r.watch.marked.Store(r.invalid)
 	err = r.replace(ctx, dir)
 	seen := r.watch.end()
@@ -128,15 +131,23 @@ func (r *restore) withMachine(parent context.Context) (err error) {
 	if err := r.unmark(dir); err != nil {
 		return r.leave(dir, err)
 	}
-	if r.o.Run {
-		return r.run(parent)
+	// Nothing that happens from here on takes anything from the machine but that it runs.
+	err = r.o.step(StepUnmarked)
+	if err == nil && r.o.Run {
+		err = r.run(parent)
+	}
+	if err != nil && !r.target.Process.Alive() {
+		return fmt.Errorf("%w: %w", dirty.ErrGone, err)
+	}
+	if err != nil {
+		return &RestoredError{err}
 	}
 	return nil
 }
 
 // replace replaces the machine's memory and device state. The machine stands still when it returns nil, and all is as the image says.
 func (r *restore) replace(ctx context.Context, dir *os.Root) error {
-	if err := r.standStill(ctx); err != nil {
+	if err := r.standStill(ctx, dir); err != nil {
 		return err
 	}
 	process, err := pagetable.OpenMemory(r.target.Process.PID)
@@ -182,7 +193,7 @@ func (r *restore) replace(ctx context.Context, dir *os.Root) error {
 }
 
 // standStill stops the machine, where it runs and may be stopped, and makes sure that it stays so.
-func (r *restore) standStill(ctx context.Context) error {
+func (r *restore) standStill(ctx context.Context, dir *os.Root) error {
 	defer r.phase("stop")()
 	// Once more, now that nobody else works on the machine and nobody resumes it unseen.
 	running, err := r.checkState(ctx, r.o.InPlace)
@@ -190,7 +201,12 @@ func (r *restore) standStill(ctx context.Context) error {
 		return err
 	}
 	if running {
+		if err := r.noteStop(dir); err != nil {
+			return err
+		}
 		if err := r.target.Monitor.Execute(ctx, "stop", nil, nil); err != nil {
+			// It may be on its way all the same.
+			r.stopped = true
 			return fmt.Errorf("stop the machine: %w", err)
 		}
 		r.stopped, r.result.Stopped = true, true
@@ -213,6 +229,19 @@ func (r *restore) standStill(ctx context.Context) error {
 	return r.o.step(StepStopped)
 }
 
+// noteStop notes that we are about to stop the machine, so that it does not stand for ever if we are killed.
+func (r *restore) noteStop(dir *os.Root) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	stop := &Stop{Version: stopVersion, Process: r.target.session(), BootID: boot, Since: time.Now().UTC()}
+	if err := stop.write(dir); err != nil {
+		return errors.Join(err, removeStop(dir, stop.Process)) // it may be there all the same
+	}
+	return nil
+}
+
 // stillStands asks whether the machine stands: an event may be late.
 func (r *restore) stillStands(ctx context.Context) error {
 	_, err := r.checkState(ctx, false)
@@ -233,7 +262,7 @@ func (r *restore) markInvalid(dir *os.Root) error {
 	}
 	mark := &Mark{
 		Version: markVersion, BootID: boot, Since: time.Now().UTC(), Phase: "memory",
-		Process: dirty.Process{PID: r.target.Process.PID, StartTime: r.target.Process.StartTime},
+		Process: r.target.session(),
 		Image:   dirty.Image{Name: r.manifest.Name, Digest: r.image.Digest().String()},
 	}
 	// From here on whoever resumes the machine has it stopped again. Had somebody resumed it before, it runs with its own memory.
@@ -250,6 +279,10 @@ func (r *restore) markInvalid(dir *os.Root) error {
 		return err
 	}
 	r.mark, r.touched = mark, true
+	// The mark says more; and once that is gone, how the machine stands is what was asked for.
+	if err := removeStop(dir, mark.Process); err != nil {
+		return err
+	}
 	return r.o.step(StepMarked)
 }
 
@@ -358,7 +391,7 @@ func (r *restore) unmark(dir *os.Root) error {
 		return err
 	}
 	r.mark = nil
-	return r.o.step(StepUnmarked)
+	return nil
 }
 
 // continueBound is how long a machine may take from cont to running.
@@ -367,9 +400,18 @@ const continueBound = 5 * time.Second
 // run continues the machine.
 func (r *restore) run(ctx context.Context) error {
 	defer r.phase("run")()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	// Not ours to continue in any state but those that a restore leaves it in.
-	if _, err := r.checkState(ctx, false); err != nil {
+	running, err := r.checkState(ctx, true)
+	if err != nil {
 		return fmt.Errorf("continue the machine: %w", err)
+	}
+	if running {
+		r.result.Resumed = true
+		r.result.Warnings = append(r.result.Warnings, "somebody else continued the machine, after it was restored")
+		return r.o.step(StepRunning)
 	}
 	if err := r.target.Monitor.Execute(ctx, "cont", nil, nil); err != nil {
 		return fmt.Errorf("continue the machine: %w", err)
@@ -406,27 +448,13 @@ func (r *restore) leave(dir *os.Root, err error) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), stopBound)
 	defer cancel()
-	if contErr := r.goOn(ctx); contErr != nil {
-		return errors.Join(err, fmt.Errorf("continue the machine, whose memory was not touched: %w", contErr))
+	if wakeErr := wake(ctx, r.target.Monitor); wakeErr != nil {
+		return &StoppedError{Err: err, Why: wakeErr} // the note stays, for whoever comes next
+	}
+	if noteErr := removeStop(dir, r.target.session()); noteErr != nil {
+		return errors.Join(err, noteErr)
 	}
 	return err
-}
-
-// goOn continues the machine that we stopped and did not touch.
-func (r *restore) goOn(ctx context.Context) error {
-	migration, err := qemu.Migration(ctx, r.target.Monitor)
-	if err != nil {
-		return err
-	}
-	state, err := qemu.Status(ctx, r.target.Monitor)
-	if err != nil || state == qemu.StateRunning { // somebody was faster
-		return err
-	}
-	ok, why := qemu.MayContinue(qemu.Standstill{Before: qemu.StateRunning, Now: state, Migration: migration.Status})
-	if !ok {
-		return errors.New(why)
-	}
-	return r.target.Monitor.Execute(ctx, "cont", nil, nil)
 }
 
 // phase begins a phase and returns what ends it.

@@ -45,10 +45,17 @@ func (r *restore) settle(ctx context.Context) (*dirty.Instant, error) {
 				}
 			}
 		}
-		// Before the comparison: what is written after it shows in the next round, or to the next checkpoint.
-		if _, err := instant.Rearm(ctx); err != nil && r.watch.Err() != nil {
+		if err := r.o.harvested(); err != nil {
 			return nil, err
-		} // else those pages were written by QEMU meanwhile: the record will not be valid, and nothing is lost by it here
+		}
+		// Before the comparison: what is written after it shows in the next round, or to the next checkpoint.
+		lost, err := instant.Rearm(ctx)
+		if err != nil && r.watch.Err() != nil {
+			return nil, err
+		}
+		// What QEMU's main loop wrote between the harvest and here is in neither this harvest nor the next one: looked at now or never.
+		// The error itself, that this was no true standstill, only keeps the record from being valid.
+		r.addLost(pages, holes, lost)
 		if different, err = r.compare(ctx, pages, holes, true); err != nil {
 			return nil, err
 		}
@@ -107,6 +114,19 @@ func (r *restore) suspects(instant *dirty.Instant, different dirty.Sets) (pages,
 		pages[i].Union(lost)
 	}
 	return pages, holes
+}
+
+// addLost adds the pages that a re-arming took from sight. Those that were holes are none any more.
+func (r *restore) addLost(pages, holes, lost dirty.Sets) {
+	if lost == nil {
+		return
+	}
+	for i, b := range r.blocks {
+		if !b.resized { // else all of it is compared, and the session knows it at its old length
+			pages[i].Union(lost[b.layout])
+			holes[i].Subtract(lost[b.layout])
+		}
+	}
 }
 
 // compareAll compares all memory with the image, and fails where a page differs.

@@ -37,6 +37,17 @@ func TestMain(m *testing.M) {
 		"fail": func(context.Context, json.RawMessage, func(any)) (any, error) {
 			return nil, fmt.Errorf("write: %w", errTest)
 		},
+		"talk": func(_ context.Context, request json.RawMessage, _ func(any)) (any, error) {
+			var bytes int
+			if err := json.Unmarshal(request, &bytes); err != nil {
+				return nil, err
+			}
+			return nil, errors.New(strings.Repeat("x", bytes))
+		},
+		"flood": func(_ context.Context, _ json.RawMessage, progress func(any)) (any, error) {
+			progress(strings.Repeat("x", 2*reportBound))
+			return nil, nil
+		},
 		"panic": func(context.Context, json.RawMessage, func(any)) (any, error) { panic("lost my way") },
 		"wait": func(ctx context.Context, request json.RawMessage, progress func(any)) (any, error) {
 			progress("waiting")
@@ -87,6 +98,20 @@ func TestErrorKeepsItsCode(t *testing.T) {
 	var job *JobError
 	if !errors.As(err, &job) || job.Code != "full" || job.Text != "write: the volume is full" {
 		t.Errorf("error %#v", err)
+	}
+}
+
+// What a machine answers may be of any length.
+func TestLongReports(t *testing.T) {
+	err := Run(t.Context(), "talk", 5<<20, nil, Options{})
+	var job *JobError
+	if !errors.As(err, &job) || len(job.Text) > 2*textBound || !strings.HasPrefix(job.Text, "xxx") {
+		t.Errorf("an error of 5 MiB: %.200v", err)
+	}
+	err = Run(t.Context(), "flood", nil, nil, Options{})
+	var died *DiedError
+	if !errors.As(err, &died) || !strings.Contains(died.How, "too long") {
+		t.Errorf("a report of twice the bound: %.200v", err)
 	}
 }
 

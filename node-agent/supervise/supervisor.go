@@ -98,10 +98,19 @@ func Run(ctx context.Context, job string, request, result any, o Options) error 
 		}
 		last = &r
 	}
+	// A line beyond all bounds: nobody reads on, and the worker would wait for that with its machine.
+	tooLong := lines.Err()
+	if tooLong != nil {
+		cmd.Process.Kill() //nolint:errcheck // it may be gone
+	}
 	stdin.Close()
 	how := "ended"
 	if err := cmd.Wait(); err != nil {
 		how = err.Error()
+	}
+	if tooLong != nil {
+		how = fmt.Sprintf("its report: %v", tooLong)
+		last = nil
 	}
 	switch {
 	case last == nil:

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -15,6 +16,16 @@ import (
 
 // ErrUnwanted is the cause with which a job's context ends when its supervisor is gone or wants it no more.
 var ErrUnwanted = errors.New("the work is not wanted any more")
+
+// textBound is the longest text of an error that is passed on, in bytes: it may have come from a machine that means ill.
+const textBound = 64 << 10
+
+func bounded(text string) string {
+	if len(text) <= textBound {
+		return text
+	}
+	return fmt.Sprintf("%s … (%d bytes more)", strings.ToValidUTF8(text[:textBound], ""), len(text)-textBound)
+}
 
 // Job is a piece of work as its worker runs it. progress may be called by any goroutine, at any rate. The result is encoded as
 // JSON.
@@ -71,7 +82,7 @@ func Main(jobs map[string]Job, code func(error) string) {
 		last.Result, err = json.Marshal(result)
 	}
 	if err != nil {
-		last = report{Error: &JobError{Code: code(err), Text: err.Error()}}
+		last = report{Error: &JobError{Code: code(err), Text: bounded(err.Error())}}
 	}
 	if err := write(last); err != nil {
 		fmt.Fprintln(os.Stderr, "report the end of the job:", err)

@@ -27,17 +27,49 @@ type bench struct {
 	stack stack
 }
 
-// suites are what is measured, in order. Each returns whatever it has when it fails.
-var suites = []struct {
+// suite is something that is measured by itself. It returns whatever it has when it fails.
+type suite struct {
 	name string
 	run  func(context.Context, *bench) ([]table, error)
-}{
+}
+
+// suites are all of them, in order.
+var suites = []suite{
 	{"increment", increments},
 	{"base", bases},
 	{"memory", memory},
 	{"restore", restores},
 	{"qemu", native},
 	{"steps", steps},
+}
+
+func suiteNames() string {
+	var names []string
+	for _, s := range suites {
+		names = append(names, s.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// choose returns the suites of a list of names separated by commas; an empty list means all.
+func choose(list string) (chosen []suite, err error) {
+	if list == "" {
+		return suites, nil
+	}
+	wanted := map[string]bool{}
+	for name := range strings.SplitSeq(list, ",") {
+		wanted[strings.TrimSpace(name)] = true
+	}
+	for _, s := range suites {
+		if wanted[s.name] {
+			chosen = append(chosen, s)
+			delete(wanted, s.name)
+		}
+	}
+	for name := range wanted {
+		return nil, fmt.Errorf("-only: there is no suite %q; there are %s", name, suiteNames())
+	}
+	return chosen, nil
 }
 
 func main() {
@@ -57,8 +89,12 @@ func run(ctx context.Context) (err error) {
 	runs := flag.Int("runs", 3, "runs of what takes long; what is short is run three times as often")
 	parent := flag.String("dir", os.TempDir(), "a directory on the volume to measure on; 8 GiB are used for a while")
 	jsonPath := flag.String("json", "", "write all figures to this file")
-	only := flag.String("only", "", "suites to run, separated by commas: increment, base, memory, restore, qemu, steps")
+	only := flag.String("only", "", "suites to run, separated by commas: "+suiteNames()+" (default all)")
 	flag.Parse()
+	chosen, err := choose(*only)
+	if err != nil {
+		return err
+	}
 	b := &bench{runs: max(1, *runs)}
 	if b.dir, err = os.MkdirTemp(*parent, "vmckpt-bench-"); err != nil {
 		return err
@@ -72,10 +108,7 @@ func run(ctx context.Context) (err error) {
 	begin := time.Now()
 	var tables []table
 	var failed []error
-	for _, s := range suites {
-		if *only != "" && !strings.Contains(","+*only+",", ","+s.name+",") {
-			continue
-		}
+	for _, s := range chosen {
 		once := time.Now()
 		got, err := s.run(ctx, b)
 		for _, t := range got {

@@ -59,7 +59,7 @@ func describe(ctx context.Context, dir string) (stack, error) {
 	if err := unix.Uname(&uts); err != nil {
 		return s, fmt.Errorf("ask for the kernel's name: %w", err)
 	}
-	s.Kernel = unix.ByteSliceToString(uts.Release[:])
+	s.Kernel = version(unix.ByteSliceToString(uts.Release[:]))
 	qemu, err := machine.FindQEMU(ctx, qemuVersion)
 	if err != nil {
 		return s, err
@@ -68,8 +68,7 @@ func describe(ctx context.Context, dir string) (stack, error) {
 	if err != nil {
 		return s, fmt.Errorf("ask %s for its version: %w", qemu, err)
 	}
-	_, version, _ := strings.Cut(strings.SplitN(string(out), "\n", 2)[0], "version ")
-	s.QEMU = version
+	_, s.QEMU, _ = strings.Cut(strings.SplitN(string(out), "\n", 2)[0], "version ")
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil {
 		return s, fmt.Errorf("look at the file system of %s: %w", dir, err)
@@ -79,6 +78,15 @@ func describe(ctx context.Context, dir string) (stack, error) {
 		s.FileSystem = fmt.Sprintf("file system %#x", fs.Type)
 	}
 	return s, nil
+}
+
+// version is what a kernel's release begins with: 6.18.44 of 6.18.44-cloud-amd64. The rest is whoever built it.
+func version(release string) string {
+	end := strings.IndexFunc(release, func(r rune) bool { return r != '.' && (r < '0' || r > '9') })
+	if end < 0 {
+		return release
+	}
+	return strings.TrimRight(release[:end], ".")
 }
 
 func (s stack) markdown() string {

@@ -42,6 +42,12 @@ func (c *Channel) Work(ctx context.Context, mib int) error {
 	return err
 }
 
+// Sleep sends the guest to sleep, to RAM (ACPI S3). It returns when the guest has heard of it; the machine shows as suspended soon after.
+func (c *Channel) Sleep(ctx context.Context) error {
+	_, err := c.ask(ctx, "sleep", func(line string) bool { return line == "sleeping" })
+	return err
+}
+
 // State returns the counter's state.
 func (c *Channel) State(ctx context.Context) (workload.State, error) {
 	var state workload.State

@@ -144,6 +144,34 @@ func Launch(ctx context.Context, o Options) (_ *Machine, err error) {
 	return m, nil
 }
 
+// Available returns what keeps a machine from being started here, as an *[Unavailable], or nil. It makes the guest's files, as starting does.
+func Available(ctx context.Context, o Options) error {
+	o, err := o.withDefaults()
+	if err != nil {
+		return err
+	}
+	if err := UsableAccel(o.Accel); err != nil {
+		return err
+	}
+	if _, err := FindQEMU(ctx, o.QEMU); err != nil {
+		return err
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "vmckpt-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	_, err = o.Guest.prepare(&preparation{ctx: ctx, options: o, cache: filepath.Join(cache, guestCache), dir: dir})
+	if errors.Is(err, exec.ErrNotFound) {
+		err = &Unavailable{err.Error()}
+	}
+	return err
+}
+
 // run starts QEMU.
 func (m *Machine) run(binary string, args []string) error {
 	output, err := os.Create(filepath.Join(m.dir, outputFile))

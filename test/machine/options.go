@@ -70,7 +70,7 @@ type Options struct {
 
 // Disk is a raw virtio-blk disk with known content; see workload.Sector.
 type Disk struct {
-	Bytes    uint64 // default 64 MiB
+	Bytes    uint64 // default DefaultDiskBytes
 	IOThread bool   // served by a thread of its own, not by QEMU's main thread
 	AIO      string // threads (default), native or io_uring
 	Direct   bool   // bypasses the host's page cache, so that the device writes to pinned pages; native needs it
@@ -82,6 +82,9 @@ const (
 	MiB uint64 = 1 << 20
 	GiB uint64 = 1 << 30
 )
+
+// DefaultDiskBytes is the size of a disk that names none.
+const DefaultDiskBytes = 64 * MiB
 
 // withDefaults fills what was left out, so that the result describes the machine whole.
 func (o Options) withDefaults() (Options, error) {
@@ -107,7 +110,7 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.Disk != nil {
 		d := *o.Disk
-		d.Bytes = orDefault(d.Bytes, 64*MiB)
+		d.Bytes = orDefault(d.Bytes, DefaultDiskBytes)
 		d.AIO = orDefault(d.AIO, "threads")
 		o.Disk = &d
 	}

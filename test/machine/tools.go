@@ -55,7 +55,7 @@ func FindQEMU(ctx context.Context, v Version) (string, error) {
 			return path, nil
 		}
 	}
-	return "", &Unavailable{fmt.Sprintf("QEMU %s (hack/setup gets 7.2 on Debian 12, and 10 everywhere)", v)}
+	return "", &Unavailable{fmt.Sprintf("QEMU %s (run hack/setup)", v)}
 }
 
 // UsableAccel returns *Unavailable where the accelerator cannot be used.

@@ -28,6 +28,9 @@ type Bench struct {
 	n int
 }
 
+// keys are those of all repositories here.
+var keys = image.Keys{Secret: [32]byte{1, 2, 3}}
+
 // NewBench starts a machine, which ends with the test.
 func NewBench(t testing.TB, o machine.Options) *Bench {
 	t.Helper()
@@ -45,7 +48,7 @@ func NewBenchOf(t testing.TB, m *machine.Machine) *Bench {
 	if err := image.InitRepository(dir); err != nil {
 		t.Fatal(err)
 	}
-	repo, err := image.OpenRepository(dir, image.Keys{Secret: [32]byte{1, 2, 3}})
+	repo, err := image.OpenRepository(dir, keys)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/image/pageset"
@@ -20,6 +24,8 @@ type Oracle struct {
 	pid    int
 	names  []string
 	blocks [][]byte
+
+	populated, before []*pageset.Set // by block, in the last pause and in the one before it
 }
 
 // NewOracle makes one for the QEMU process pid.
@@ -36,7 +42,9 @@ func (o *Oracle) Look(_ context.Context, layout qemu.Layout) error {
 	}
 	defer mem.Close()
 	o.names = o.names[:0]
+	o.before, o.populated = o.populated, nil
 	for i, b := range layout {
+		o.populated = append(o.populated, pageset.New(b.Pages()))
 		if i == len(o.blocks) {
 			o.blocks = append(o.blocks, nil)
 		}
@@ -48,10 +56,11 @@ func (o *Oracle) Look(_ context.Context, layout qemu.Layout) error {
 		var err error
 		switch {
 		case b.Backing.Kind == qemu.BackingAnonymous:
-			err = o.readPopulated(mem, b, o.blocks[i])
+			err = o.readPopulated(mem, b, o.blocks[i], o.populated[i])
 		case b.Shared:
-			err = o.readFile(b, o.blocks[i])
+			err = o.readFile(b, o.blocks[i], o.populated[i])
 		default: // what is not populated of a private mapping of a file comes from the file
+			o.populated[i].AddAll()
 			_, err = io.ReadFull(io.NewSectionReader(mem, int64(b.HVA), int64(b.Bytes)), o.blocks[i])
 		}
 		if err != nil {
@@ -62,8 +71,28 @@ func (o *Oracle) Look(_ context.Context, layout qemu.Layout) error {
 	return nil
 }
 
+// Memory returns a block as it was in the last pause, nil where there is none of that name.
+func (o *Oracle) Memory(name string) []byte {
+	if i := slices.Index(o.names, name); i >= 0 {
+		return o.blocks[i]
+	}
+	return nil
+}
+
+// GivenBack returns how many pages that were populated in the pause before the last one were not in the last: the machine gave them
+// back to the host.
+func (o *Oracle) GivenBack() uint64 {
+	var n uint64
+	for i := range min(len(o.before), len(o.populated)) {
+		gone := o.before[i].Clone()
+		gone.Subtract(o.populated[i])
+		n += gone.Count()
+	}
+	return n
+}
+
 // readPopulated reads the pages of private memory that are there. The others are zeros.
-func (o *Oracle) readPopulated(mem *os.File, b qemu.RAMBlock, into []byte) error {
+func (o *Oracle) readPopulated(mem *os.File, b qemu.RAMBlock, into []byte, there *pageset.Set) error {
 	pagemap, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", o.pid))
 	if err != nil {
 		return err
@@ -83,7 +112,11 @@ func (o *Oracle) readPopulated(mem *os.File, b qemu.RAMBlock, into []byte) error
 		part := into[page*pageset.PageBytes : end*pageset.PageBytes]
 		if !populated(page) {
 			clear(part)
-		} else if _, err := io.ReadFull(io.NewSectionReader(mem, int64(b.HVA+page*pageset.PageBytes), int64(len(part))), part); err != nil {
+			page = end
+			continue
+		}
+		there.Add(pageset.Run{First: page, Count: end - page})
+		if _, err := io.ReadFull(io.NewSectionReader(mem, int64(b.HVA+page*pageset.PageBytes), int64(len(part))), part); err != nil {
 			return err
 		}
 		page = end
@@ -91,8 +124,8 @@ func (o *Oracle) readPopulated(mem *os.File, b qemu.RAMBlock, into []byte) error
 	return nil
 }
 
-// readFile reads shared memory from the file under it.
-func (o *Oracle) readFile(b qemu.RAMBlock, into []byte) error {
+// readFile reads shared memory from the file under it. Its holes are the pages that are not there.
+func (o *Oracle) readFile(b qemu.RAMBlock, into []byte, there *pageset.Set) error {
 	dir := fmt.Sprintf("/proc/%d/map_files", o.pid)
 	names, err := os.ReadDir(dir)
 	if err != nil {
@@ -108,10 +141,33 @@ func (o *Oracle) readFile(b qemu.RAMBlock, into []byte) error {
 			return err
 		}
 		defer f.Close()
-		_, err = io.ReadFull(io.NewSectionReader(f, int64(b.Backing.OffsetBytes), int64(len(into))), into)
-		return err
+		if _, err := io.ReadFull(io.NewSectionReader(f, int64(b.Backing.OffsetBytes), int64(len(into))), into); err != nil {
+			return err
+		}
+		return addData(f, b, there)
 	}
 	return fmt.Errorf("no file is mapped at %#x", b.HVA)
+}
+
+// addData adds the pages of a block for which the file under it has data.
+func addData(f *os.File, b qemu.RAMBlock, there *pageset.Set) error {
+	first, end := int64(b.Backing.OffsetBytes), int64(b.Backing.OffsetBytes+b.Bytes)
+	for at := first; at < end; {
+		data, err := f.Seek(at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) || err == nil && data >= end {
+			return nil // none behind this place
+		}
+		if err != nil {
+			return err
+		}
+		hole, err := f.Seek(data, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		at = min(hole, end)
+		there.Add(pageset.Run{First: uint64(data-first) / pageset.PageBytes, Count: uint64(at-data+pageset.PageBytes-1) / pageset.PageBytes})
+	}
+	return nil
 }
 
 // Wrong is a page of an image that is not what it must be.

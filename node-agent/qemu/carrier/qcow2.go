@@ -1,9 +1,7 @@
 package carrier
 
 import (
-	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -118,30 +116,4 @@ func snapshot(b []byte, stateBytes int, tag string, date time.Time) {
 	be.PutUint64(b[40:], uint64(stateBytes))
 	be.PutUint64(b[48:], diskBytes)
 	copy(b[snapshotFixed+snapshotExtra:], snapshotID+tag)
-}
-
-// errNotOurs is what Extract says of an image that Write has not written.
-var errNotOurs = errors.New("carrier: not an image of a device state")
-
-// Extract takes the state out of an image. It knows the images of Write and no other qcow2: every byte must be as Write
-// would have it.
-func Extract(image []byte) (state []byte, tag string, err error) {
-	if len(image) < clusterVMState*clusterBytes || len(image) > clusterVMState*clusterBytes+devstate.MaxBytes {
-		return nil, "", errNotOurs
-	}
-	s := image[offset(clusterSnapshots):][:clusterBytes]
-	stateBytes := binary.BigEndian.Uint32(s[32:])
-	tagBytes := binary.BigEndian.Uint16(s[14:])
-	if int64(stateBytes) > int64(len(image)-clusterVMState*clusterBytes) || tagBytes > maxTagBytes {
-		return nil, "", errNotOurs
-	}
-	state = image[clusterVMState*clusterBytes:][:stateBytes]
-	tag = string(s[snapshotFixed+snapshotExtra+len(snapshotID):][:tagBytes])
-	date := time.Unix(int64(binary.BigEndian.Uint32(s[16:])), int64(binary.BigEndian.Uint32(s[20:])))
-
-	var again bytes.Buffer
-	if err := Write(&again, state, tag, date); err != nil || !bytes.Equal(again.Bytes(), image) {
-		return nil, "", errNotOurs
-	}
-	return state, tag, nil
 }

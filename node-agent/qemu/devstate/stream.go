@@ -236,3 +236,11 @@ func parseSections(stream []byte, at int) ([]Section, int, error) {
 	}
 	return sections, bs[end].footer + footerBytes, nil
 }
+
+// nestedState is how the state of KVM's nested virtualization begins within a processor's section: a subsection (QEMU_VM_SUBSECTION), the
+// length of its name, its name. It is there while the guest uses its hypervisor's extensions: on Intel's from VMXON on, on AMD's while an inner
+// guest runs (QEMU, target/i386/machine.c, nested_state_needed).
+const nestedState = "\x05\x14cpu/kvm_nested_state"
+
+// HasNestedGuests tells whether the guest runs guests of its own under KVM. What looks so in a device's data makes it true as well.
+func HasNestedGuests(stream []byte) bool { return bytes.Contains(stream, []byte(nestedState)) }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"sync/atomic"
 	"time"
 
 	"github.com/vmckpt/vmckpt/test/guest/linux/workload"
@@ -22,7 +21,7 @@ func startCounter(g *guest) (func() error, error) {
 	if err != nil {
 		return nil, err
 	}
-	currentState.Store(&workload.State{Hash: hash, OK: true})
+	g.counted.Store(&workload.State{Hash: hash, OK: true})
 	return func() error {
 		next := time.Now()
 		for count := uint64(1); ; count++ {
@@ -32,7 +31,7 @@ func startCounter(g *guest) (func() error, error) {
 				g.printf("CORRUPT counter: %v", err)
 			}
 			state := workload.State{Count: count, Hash: hash, OK: err == nil}
-			currentState.Store(&state)
+			g.counted.Store(&state)
 			g.printf("%v", state)
 			// Steps that were missed are not made up for: after a restore the clock may have jumped.
 			if next = next.Add(step); time.Until(next) < 0 || time.Until(next) > step {
@@ -42,6 +41,3 @@ func startCounter(g *guest) (func() error, error) {
 		}
 	}, nil
 }
-
-// currentState is the counter's last state, for the channel to answer with.
-var currentState atomic.Pointer[workload.State]

@@ -1,16 +1,3 @@
-// Command init is the only process of the Linux test guest: it loads modules, sets its loads to work, and answers on a
-// virtio-serial port. It is built static, goes into an initramfs as /init, and never ends.
-//
-// The kernel command line says what it does:
-//
-//	vmckpt.load=counter,dma,net,alloc,stress   which loads work (default: counter)
-//	vmckpt.buffer=16    MiB of the counter's buffer
-//	vmckpt.group=16     pages that each count rewrites
-//	vmckpt.step=100     milliseconds from count to count
-//	vmckpt.work=256     MiB of the area that "work N" writes
-//	vmckpt.stress=25    percent of memory that stress writes to
-//
-// A load that finds memory or a disk sector to hold what it must not prints a line that begins with CORRUPT.
 package main
 
 import (
@@ -20,13 +7,17 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
+	"github.com/vmckpt/vmckpt/test/guest/linux/workload"
 	"golang.org/x/sys/unix"
 )
 
-// guest is what the loads share: the console, and the settings of the kernel command line.
+// guest is what the loads share: the console, the settings of the kernel command line, and the counter's last state for the
+// channel to answer with.
 type guest struct {
 	settings map[string]string
+	counted  atomic.Pointer[workload.State]
 
 	mu      sync.Mutex
 	console *os.File

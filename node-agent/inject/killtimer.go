@@ -1,4 +1,4 @@
-package guard
+package inject
 
 import (
 	"fmt"
@@ -8,9 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// killTimer is a timer in the kernel that kills this process with SIGKILL. It is the leash's watchdog: it needs nobody to run,
-// the process least of all, so it ends one that was stopped (SIGSTOP), that hangs or that the scheduler forgot.
-type killTimer struct{ id int32 }
+// KillTimer is a timer in the kernel that kills this process with SIGKILL. It is the watchdog of processes that others wait for, the helper
+// and the holder of a leash: it needs nobody to run, the process least of all, so it ends one that was stopped (SIGSTOP), that hangs or that
+// the scheduler forgot.
+type KillTimer struct{ id int32 }
 
 // sigevent is struct sigevent of the kernel's include/uapi/asm-generic/siginfo.h: 64 bytes on 64-bit machines.
 type sigevent struct {
@@ -28,24 +29,24 @@ type itimerspec struct {
 	interval, value unix.Timespec
 }
 
-// newKillTimer makes a timer that is not running yet.
-func newKillTimer() (killTimer, error) {
-	var t killTimer
+// NewKillTimer makes a timer that is not running yet.
+func NewKillTimer() (KillTimer, error) {
+	var t KillTimer
 	ev := sigevent{signo: int32(unix.SIGKILL), notify: sigevSignal}
 	_, _, errno := unix.Syscall(unix.SYS_TIMER_CREATE, unix.CLOCK_MONOTONIC,
 		uintptr(unsafe.Pointer(&ev)), uintptr(unsafe.Pointer(&t.id)))
 	if errno != 0 {
-		return killTimer{}, fmt.Errorf("make the timer that bounds a hold: %w", errno)
+		return KillTimer{}, fmt.Errorf("make a kill timer: %w", errno)
 	}
 	return t, nil
 }
 
-// set lets the timer kill this process after d, in place of any earlier setting. A d of zero or less switches it off.
-func (t killTimer) set(d time.Duration) error {
+// Set lets the timer kill this process after d, in place of any earlier setting. A d of zero or less switches it off.
+func (t KillTimer) Set(d time.Duration) error {
 	spec := itimerspec{value: unix.NsecToTimespec(max(0, d.Nanoseconds()))}
 	_, _, errno := unix.Syscall6(unix.SYS_TIMER_SETTIME, uintptr(t.id), 0, uintptr(unsafe.Pointer(&spec)), 0, 0, 0)
 	if errno != 0 {
-		return fmt.Errorf("set the timer that bounds a hold to %v: %w", d, errno)
+		return fmt.Errorf("set a kill timer to %v: %w", d, errno)
 	}
 	return nil
 }

@@ -1,4 +1,4 @@
-package guard
+package inject
 
 import (
 	"fmt"
@@ -10,10 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestKillTimerEndsAStoppedProcess shows what the leash relies on: the kernel's timer kills a process that cannot run.
+// childKillTimer is the child that waits for its timer.
+const childKillTimer = "killtimer"
+
+// TestKillTimerEndsAStoppedProcess shows what the helper and the leash rely on: the kernel's timer kills a process that cannot run.
 func TestKillTimerEndsAStoppedProcess(t *testing.T) {
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), testRoleVariable+"=killtimer")
+	cmd.Env = append(os.Environ(), childMark+"="+childKillTimer)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -38,10 +41,16 @@ func TestKillTimerEndsAStoppedProcess(t *testing.T) {
 	t.Logf("killed %v after it was stopped", time.Since(begin))
 }
 
-func runKillTimerChild() {
-	timer, err := newKillTimer()
-	if err == nil {
-		err = timer.set(300 * time.Millisecond)
+// killTimerMain sets its timer, takes that back, sets it again, and waits for its end.
+func killTimerMain() {
+	timer, err := NewKillTimer()
+	for _, d := range []time.Duration{20 * time.Millisecond, 0, 300 * time.Millisecond} {
+		if err == nil {
+			err = timer.Set(d)
+		}
+		if d == 0 {
+			time.Sleep(100 * time.Millisecond)
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
