@@ -33,7 +33,7 @@ func TestAnotherRecordDirectory(t *testing.T) {
 				if _, err := capture.Run(t.Context(), b.Target, b.Repository, other); err != nil {
 					t.Errorf("the other checkpoint: %v", err)
 				}
-				goesOn(t, b)
+				goesOn(t, b.Machine)
 			}
 			result, err := capture.Run(t.Context(), b.Target, b.Repository, o)
 			if !done {
