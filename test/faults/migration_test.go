@@ -77,12 +77,15 @@ type plot struct {
 // atIt starts it where the plot is.
 func atIt(step capture.Step) capture.Step { return step }
 
-// ahead starts it before the step, but after the capture has seen that there is none.
+// ahead starts it before the step where that can be: the capture looks for one in the beginning and right before each standstill, and after the
+// instant, and ends where there is one.
 func ahead(step capture.Step) capture.Step {
 	switch {
-	case before(capture.StepSealing, step): // one that is active at the instant ends the checkpoint
+	case before(capture.StepSealing, step):
 		return capture.StepSealing
-	case before(capture.StepInvalidated, step) && before(step, capture.StepSealing):
+	case before(capture.StepArmed, step) && before(step, capture.StepSealing):
+		return capture.StepArmed
+	case step == capture.StepHarvested:
 		return capture.StepInvalidated
 	}
 	return step
@@ -251,11 +254,9 @@ func switchesOver(t *testing.T, b *truth.Bench) {
 	o.Hooks.Step = func(at capture.Step) {
 		var err error
 		switch at {
-		case capture.StepInvalidated:
-			err = errors.Join(m.start(), m.becomes(qemu.MigrationActive))
-		case capture.StepArmed:
+		case capture.StepArmed: // the capture has just seen that there is none
 			if attempts++; attempts == 1 {
-				err = m.end()
+				err = errors.Join(m.start(), m.becomes(qemu.MigrationActive), m.end())
 			}
 		case capture.StepHeld:
 			// A migration looks at its bandwidth ten times a second.
