@@ -35,7 +35,7 @@ func TestDisksNeverRest(t *testing.T) {
 	writing.Go(func() {
 		for ctx.Err() == nil {
 			out, err := qemu.Human(ctx, b.Machine.Monitor, `qemu-io slow "write 0 4k"`)
-			if ctx.Err() == nil && (err != nil || !strings.HasPrefix(out, "wrote")) {
+			if ctx.Err() == nil && (err != nil || out != "") {
 				t.Errorf("write to the disk: %q, %v", out, err)
 				return
 			}
