@@ -28,7 +28,8 @@ const (
 	hangUntimed   = unix.SIGUSR2 // and the kernel's timer is gone, so that nobody but the worker watches it
 	hangTimers    = 16           // a process's timers are numbered from 0
 	hangOneThread = "asyncpreemptoff=1"
-	hungBytes     = 1 // the length of the file of one that hangs
+	hungBytes     = 1  // the length of the file of one that hangs
+	hungSeconds   = 30 // of processor time that one may take
 )
 
 // beReadyToHang makes a holder one that can hang. With one processor for all goroutines, and none of them interrupted, one that spins
@@ -48,6 +49,11 @@ func beReadyToHang() {
 			return
 		}
 		fd := file.Fd()
+		// Should the worker not end it, the kernel does, some time.
+		if err := unix.Setrlimit(unix.RLIMIT_CPU, &unix.Rlimit{Cur: hungSeconds, Max: hungSeconds}); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return
+		}
 		// From here on no system call that the scheduler knows of: it would hand the processor on.
 		if untimed {
 			for id := range uintptr(hangTimers) {
