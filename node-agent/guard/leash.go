@@ -16,6 +16,9 @@ import (
 // DefaultHoldBound is how long a machine is held at the most unless it is said otherwise.
 const DefaultHoldBound = 200 * time.Millisecond
 
+// armBound is how long a holder may take until it is ready: its process is started, and memory locked for it.
+const armBound = 5 * time.Second
+
 // ErrLetGo says that the leash was let go without the worker's word: the holder died, was killed at the bound of the hold, or
 // failed. The machine runs again if it ran before, and nothing read during the hold counts.
 var ErrLetGo = errors.New("the leash was let go")
@@ -137,6 +140,10 @@ func Start(ctx context.Context, o Options) (_ *Leash, err error) {
 	if err := send(l.control, message{kindExtend, uint64(o.HoldBound)}); err != nil {
 		return nil, fmt.Errorf("arm the leash: %w", err)
 	}
+	// No timer of the kernel's watches the holder yet. Nobody stands still for it, but the checkpoint would wait for ever.
+	late := fmt.Errorf("%w: its holder was not ready in %v", ErrLetGo, armBound)
+	ctx, cancel := context.WithTimeoutCause(ctx, armBound, late)
+	defer cancel()
 	if _, err := l.await(ctx, kindArmed); err != nil {
 		return nil, fmt.Errorf("arm the leash: %w", err)
 	}
