@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -23,6 +24,9 @@ import (
 // exits, as one does that waits for itself.
 const hangVariable = "VMCKPT_FAULTS_HANG"
 
+// lateVariable names a file whose presence makes the next holder stop before it is armed.
+const lateVariable = "VMCKPT_FAULTS_LATE"
+
 const (
 	hang          = unix.SIGUSR1
 	hangUntimed   = unix.SIGUSR2 // and the kernel's timer is gone, so that nobody but the worker watches it
@@ -35,8 +39,14 @@ const (
 // beReadyToHang makes a holder one that can hang. With one processor for all goroutines, and none of them interrupted, one that spins
 // leaves none for those that serve the leash.
 func beReadyToHang() {
+	if os.Getenv("VMCKPT_LEASH_HOLD_AT_BYTES") == "" {
+		return
+	}
+	if path := os.Getenv(lateVariable); path != "" && os.Remove(path) == nil {
+		unix.Kill(os.Getpid(), unix.SIGSTOP) //nolint:errcheck // the test shows
+	}
 	path := os.Getenv(hangVariable)
-	if path == "" || os.Getenv("VMCKPT_LEASH_HOLD_AT_BYTES") == "" {
+	if path == "" {
 		return
 	}
 	signals := make(chan os.Signal, 1)
@@ -199,6 +209,29 @@ func TestHolder(t *testing.T) {
 			holderSuffers(t, b, c.blow, through(b, capture.StepBarrier), c.step, "barrier")
 		})
 	}
+}
+
+// TestHolderNeverReady: a holder that stops before it is armed is given up, and another one holds. The guest runs meanwhile.
+func TestHolderNeverReady(t *testing.T) {
+	b := truth.NewBench(t, options())
+	b.Capture(t.Context(), b.Options())
+	path := filepath.Join(t.TempDir(), "late")
+	t.Setenv(lateVariable, path)
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	result, img := b.Capture(ctx, b.Options())
+	b.Judge(ctx, result, img)
+	t.Logf("%d attempts, %v", result.Attempts, result.Duration)
+	if _, err := os.Stat(path); err == nil || result.Attempts != 2 {
+		t.Errorf("%d attempts, want that the first one had no holder (%v)", result.Attempts, err)
+	}
+	if result.Downtime > slack {
+		t.Errorf("the guest stood still for %v", result.Downtime)
+	}
+	sound(t, b)
 }
 
 // TestHolderKilledAlways lets no attempt succeed.
