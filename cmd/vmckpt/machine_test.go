@@ -187,6 +187,30 @@ func TestOtherMachine(t *testing.T) {
 	}
 }
 
+// TestWrongKeyMakesNoBase names another key file by mistake, when nothing on the host says that there is an image of the machine.
+func TestWrongKeyMakesNoBase(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}})
+	name := m.Options().Name
+	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
+	process[jobs.ReleaseResult](s, records, 0, "release", name)
+	right := s.key
+	otherKey(t, s, m)
+	if got := failed(s, records, exitDamaged, "capture", name, "--name", "wrong"); got.Code != jobs.CodeWrongKey {
+		t.Errorf("error %+v", got)
+	}
+	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 1 {
+		t.Errorf("there is an image more: %+v", got.Images)
+	}
+	// To go on under another key is to be said.
+	process[captureJSON](s, records, 0, "capture", name, "--name", "new-key", "--mode", "full")
+	process[jobs.ReleaseResult](s, records, 0, "release", name)
+	s.key = right
+	if got := process[captureJSON](s, records, 0, "capture", name, "--name", "increment"); got.Parent != "base" {
+		t.Errorf("under the right key: %+v", got)
+	}
+}
+
 // TestInterrupted interrupts a capture; the machine goes on, there is no image, and nothing is left behind.
 func TestInterrupted(t *testing.T) {
 	s, records := newShell(t), t.TempDir()

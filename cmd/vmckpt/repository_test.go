@@ -40,6 +40,8 @@ func TestUsage(t *testing.T) {
 		{"capture web --compression lzma", "unknown compression", env},
 		{"capture web --budget 0s", "more than 0", env},
 		{"capture web --name Web", "image name", env},
+		{"capture web --attribute vm.uuid=x", "vm.uuid", env},
+		{"capture web --attribute a=b,vm.name=x", "vm.name", env},
 		{"capture web --monitor a --libvirt b", "two ways", env},
 		{"capture web --libvirt qemu+ssh://elsewhere/system", "on this host", env},
 		{"capture web --pid some", "invalid argument", env},
