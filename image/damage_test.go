@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
@@ -299,5 +300,109 @@ func TestDamageWhileLoading(t *testing.T) {
 	})
 	if !errors.As(err, &damage) || damage.Offset != fileHeaderBytes {
 		t.Errorf("Load: %v", err)
+	}
+}
+
+// badSector is an open file that cannot be read from a byte on.
+type badSector struct {
+	readerAtCloser
+	from int64
+	err  error
+}
+
+func (f badSector) ReadAt(p []byte, offset int64) (int, error) {
+	if offset+int64(len(p)) > f.from {
+		n, _ := f.readerAtCloser.ReadAt(p[:max(0, f.from-offset)], offset)
+		return n, &os.PathError{Op: "read", Path: "file", Err: f.err}
+	}
+	return f.readerAtCloser.ReadAt(p, offset)
+}
+
+// TestUnreadable: what the volume cannot give back is damage, with the place; in a parent it means that there has to be a base. An
+// error that says nothing of the file is none.
+func TestUnreadable(t *testing.T) {
+	ctx := context.Background()
+	for _, c := range []struct {
+		err    error
+		damage bool
+	}{{syscall.EIO, true}, {errFileSystem, true}, {syscall.EBADMSG, true}, {syscall.ENOMEM, false}} {
+		r := newRepository(t, testKeys(false))
+		m := smallImages(t, r, Zstd)
+		i, err := r.Open(ctx, "base")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer i.Close()
+		check := func(what string, err error, file string, offset int64, parent bool) {
+			t.Helper()
+			if !errors.Is(err, c.err) {
+				t.Errorf("%s: %v", what, err)
+			}
+			damage := new(DamageError)
+			if is := errors.As(err, &damage); is != c.damage || is && (damage.File != file || damage.Offset != offset) {
+				t.Errorf("%s: damage %v, want one in %s at byte %d: %v", what, is, file, offset, err)
+			}
+			unfit := new(ParentError)
+			if is := errors.As(err, &unfit); is != (parent && c.damage) {
+				t.Errorf("%s: an unfit parent %v: %v", what, is, err)
+			}
+		}
+		if _, err := i.dataFile(0); err != nil {
+			t.Fatal(err)
+		}
+		pages := i.manifest.Data[0].pagesName()
+		i.data[0].file = badSector{i.data[0].file, fileHeaderBytes + 10, c.err}
+		check("ReadPage", i.ReadPage(0, 0, make([]byte, pageset.PageBytes)), pages, fileHeaderBytes+10, false)
+
+		for _, which := range []string{"hashes", "index"} {
+			w, err := r.Create(ctx, Spec{Name: "child", Parent: i, Blocks: i.manifest.Blocks, Workers: 1})
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := &w.parent.files[0].hashFile.file
+			name := i.manifest.Data[0].hashesName()
+			if which == "index" {
+				file, name = &w.parent.index.file.file, indexName
+			}
+			*file = badSector{*file, fileHeaderBytes, c.err}
+			b, err := w.Batch(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.Pages, b.Data = append(b.Pages, 0), append(b.Data, m.page(0, 0)...)
+			w.Submit(b)
+			check("Flush, "+which, w.Flush(ctx), name, fileHeaderBytes, true)
+			if err := w.Abort(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// TestIrregularParent: something else in place of a parent's file, or of its directory, means a base as well.
+func TestIrregularParent(t *testing.T) {
+	ctx := context.Background()
+	for _, file := range []string{".", indexName, macName, "hashes", "pages"} {
+		r := newRepository(t, testKeys(false))
+		i := mustSeal(t, r, Spec{Name: "parent", Blocks: someBlocks})
+		switch file {
+		case "hashes":
+			file = i.manifest.Data[0].hashesName()
+		case "pages":
+			file = i.manifest.Data[0].pagesName()
+		}
+		path := filepath.Join(r.path, imagePath("parent"), file)
+		rename(t, path, filepath.Join(r.path, "away"))
+		if err := syscall.Mkfifo(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := r.Create(ctx, Spec{Name: "child", Parent: i, Blocks: someBlocks})
+		damage, unfit := new(DamageError), new(ParentError)
+		if !errors.As(err, &unfit) || !errors.As(err, &damage) || damage.File != file {
+			t.Errorf("%s: as a parent: %v", file, err)
+		}
+		if _, err = r.Open(ctx, "parent"); !errors.As(err, &damage) || damage.File != file {
+			t.Errorf("%s: opened: %v", file, err)
+		}
 	}
 }

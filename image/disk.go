@@ -6,7 +6,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"syscall"
 )
 
 // disk is all that a writer does to the repository's file system. There is one of it, and a test's that fails on purpose.
@@ -16,6 +15,7 @@ type disk interface {
 	link(old, new string) error
 	rename(old, new string) error
 	remove(name string) error
+	removeAll(name string) error // a whole directory, if it is there
 	syncDir(name string) error
 	free() (int64, error) // bytes that this user can still write
 }
@@ -25,6 +25,7 @@ type diskFile interface {
 	Truncate(size int64) error
 	Sync() error
 	Close() error
+	Stat() (os.FileInfo, error)
 	// written hints that the bytes may go to the device now, so that the Sync at the end finds little to do.
 	written(offset, length int64)
 }
@@ -43,9 +44,10 @@ func (d rootDisk) create(name string) (diskFile, error) {
 func (d rootDisk) link(old, new string) error   { return d.root.Link(old, new) }
 func (d rootDisk) rename(old, new string) error { return d.root.Rename(old, new) }
 func (d rootDisk) remove(name string) error     { return d.root.Remove(name) }
+func (d rootDisk) removeAll(name string) error  { return d.root.RemoveAll(name) }
 
 func (d rootDisk) syncDir(name string) error {
-	f, err := d.root.Open(name)
+	f, err := openListing(d.root, name)
 	if err != nil {
 		return err
 	}
@@ -54,7 +56,7 @@ func (d rootDisk) syncDir(name string) error {
 }
 
 func (d rootDisk) free() (int64, error) {
-	f, err := d.root.Open(".")
+	f, err := openListing(d.root, ".")
 	if err != nil {
 		return 0, err
 	}
@@ -67,28 +69,26 @@ type rootFile struct{ *os.File }
 func (f rootFile) written(offset, length int64) { startWriteback(f.File, offset, length) }
 
 // openRegular opens a file beneath root for reading, and only if it is a regular file under its own name: a link, a pipe
-// or a device that the volume's owner put in its place is refused before it is opened.
+// or a device that the volume's owner put in its place is refused ([*irregularError]) before it is opened.
 func openRegular(root *os.Root, name string) (*os.File, os.FileInfo, error) {
-	before, err := root.Lstat(name)
-	if err != nil {
-		return nil, nil, err
-	}
-	if !before.Mode().IsRegular() {
-		return nil, nil, fmt.Errorf("%s is no regular file (%v)", name, before.Mode().Type())
-	}
-	f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	info, err := f.Stat()
-	if err == nil && !os.SameFile(before, info) {
-		err = fmt.Errorf("%s was exchanged while it was opened", name)
-	}
-	if err != nil {
-		f.Close()
-		return nil, nil, err
-	}
-	return f, info, nil
+	return openRegularFor(root, name, os.O_RDONLY)
+}
+
+// irregularError says that something else stands where a file or a directory has to be.
+type irregularError struct {
+	name string
+	want string
+	mode fs.FileMode // of what stands there
+}
+
+func (e *irregularError) Error() string {
+	return fmt.Sprintf("%s is no %s (%v)", e.name, e.want, e.mode.Type())
+}
+
+// irregular reports whether err is an [*irregularError].
+func irregular(err error) bool {
+	typed := new(irregularError)
+	return errors.As(err, &typed)
 }
 
 // readSmall reads a whole file of at most limit bytes.
@@ -128,9 +128,9 @@ func openDir(root *os.Root, name string) (*os.Root, error) {
 		return nil, err
 	}
 	if !before.IsDir() {
-		return nil, fmt.Errorf("%s is no directory (%v)", name, before.Mode().Type())
+		return nil, &irregularError{name: name, want: "directory", mode: before.Mode()}
 	}
-	dir, err := root.OpenRoot(name)
+	dir, err := root.OpenRoot(name + "/.") // a pipe that has come in its place meanwhile has none, and is not waited for
 	if err != nil {
 		return nil, err
 	}
@@ -145,12 +145,30 @@ func openDir(root *os.Root, name string) (*os.Root, error) {
 	return dir, nil
 }
 
+// openTop opens the directory that all others are beneath. As long as dir is one, links in its path are followed.
+func openTop(dir string) (*os.Root, error) {
+	if dir == "" {
+		return nil, errors.New("no directory is named")
+	}
+	return os.OpenRoot(dir + "/.") // see openDir
+}
+
+// openListing opens a directory beneath root as a file: to be listed, or synced.
+func openListing(root *os.Root, name string) (*os.File, error) {
+	dir, err := openDir(root, name)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	return dir.Open(".")
+}
+
 // entriesLimit bounds how many names are read of one directory of a repository.
 const entriesLimit = 1 << 16
 
 // names returns what is in a directory.
 func names(root *os.Root, dir string) ([]string, error) {
-	f, err := root.Open(dir)
+	f, err := openListing(root, dir)
 	if err != nil {
 		return nil, err
 	}

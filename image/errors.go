@@ -3,6 +3,7 @@ package image
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"syscall"
 
@@ -25,9 +26,10 @@ var (
 // DamageError says that bytes in the repository are not what was written there, and where.
 type DamageError struct {
 	Image  string // name of the image
-	File   string // name of the file within the image's directory
+	File   string // name of the file within the image's directory; "." for the directory itself
 	Offset int64  // byte in File at which the damaged part begins; -1 where that cannot be told
 	What   string // what is wrong there
+	Err    error  // what the system said, where it could not read them at all
 }
 
 func (e *DamageError) Error() string {
@@ -35,6 +37,22 @@ func (e *DamageError) Error() string {
 		return fmt.Sprintf("image %s is damaged: %s: %s", e.Image, e.File, e.What)
 	}
 	return fmt.Sprintf("image %s is damaged: %s at byte %d: %s", e.Image, e.File, e.Offset, e.What)
+}
+
+func (e *DamageError) Unwrap() error { return e.Err }
+
+// readError is the error of reading a file of an image at offset, or of opening it: damage, if it is the file that cannot be read,
+// as opposed to any.
+func readError(image, file string, offset int64, err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return &DamageError{Image: image, File: file, Offset: 0, What: "is missing"}
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return &DamageError{Image: image, File: file, Offset: offset, What: "the file ends early"}
+	case irregular(err), unreadable(err):
+		return &DamageError{Image: image, File: file, Offset: offset, What: fmt.Sprintf("cannot be read: %v", err), Err: err}
+	}
+	return fmt.Errorf("image %s: read %s at byte %d: %w", image, file, offset, err)
 }
 
 // SpaceError says that the repository's volume has too little room, found out beforehand or while writing.
@@ -83,6 +101,19 @@ func (e *ParentError) Error() string {
 }
 
 func (e *ParentError) Unwrap() error { return e.Err }
+
+// VisibleError says that an image was sealed and is visible, but that the volume did not say that it would stay so after a power
+// cut, nor let the image be taken back. Whoever does not want it deletes it.
+type VisibleError struct {
+	Image string
+	Err   error
+}
+
+func (e *VisibleError) Error() string {
+	return fmt.Sprintf("image %s is visible, though it may not outlive a power cut: %v", e.Image, e.Err)
+}
+
+func (e *VisibleError) Unwrap() error { return e.Err }
 
 // noSpace reports whether err is the system's word for a full volume or a used-up quota.
 func noSpace(err error) bool {

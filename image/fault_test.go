@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"syscall"
 	"testing"
 
@@ -144,6 +145,160 @@ func TestSpaceBeforeAndWhileWriting(t *testing.T) {
 		w.Submit(b)
 		if first*pageset.PageBytes > 200<<20 {
 			t.Fatal("200 MiB written below the reserve")
+		}
+	}
+}
+
+// TestSealAtItsEnd has things happen while an image becomes visible: Seal fails and there is none, or it is there.
+func TestSealAtItsEnd(t *testing.T) {
+	ctx := context.Background()
+	start := func(t *testing.T, sync func(r *Repository, w *Writer, name string) error) (*Repository, *Writer) {
+		r := newRepository(t, testKeys(false))
+		var w *Writer
+		plain := r.disk
+		r.disk = &hookedDisk{disk: plain, sync: func(name string) error { return sync(r, w, name) }}
+		w, err := r.Create(ctx, Spec{Name: "image", Blocks: someBlocks})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { w.Abort() })
+		w.Absent(0, pageset.Run{Count: 20}, AbsentEvicted)
+		return r, w
+	}
+	invisible := func(t *testing.T, r *Repository, w *Writer) {
+		t.Helper()
+		if _, err := r.Open(ctx, "image"); !errors.Is(err, ErrNotFound) {
+			t.Errorf("there is an image all the same: %v", err)
+		}
+		if err := w.Abort(); err != nil {
+			t.Error(err)
+		}
+		if left, err := names(r.root, temporaryDir); err != nil || len(left) > 0 {
+			t.Errorf("left over: %v, %v", left, err)
+		}
+	}
+	t.Run("damaged before", func(t *testing.T) {
+		r, w := start(t, func(r *Repository, w *Writer, name string) error {
+			if name != w.stage("") {
+				return nil
+			}
+			return os.Truncate(r.path+"/"+w.stage(indexName), 100)
+		})
+		_, err := w.Seal(ctx, Contents{})
+		if damage := new(DamageError); !errors.As(err, &damage) {
+			t.Errorf("sealed what cannot be opened: %v", err)
+		}
+		invisible(t, r, w)
+	})
+	t.Run("deleted at once", func(t *testing.T) {
+		_, w := start(t, func(r *Repository, w *Writer, name string) error {
+			if name == imagesDir {
+				if _, err := os.Lstat(r.path + "/" + imagePath("image")); err == nil {
+					return r.Delete(ctx, "image")
+				}
+			}
+			return nil
+		})
+		i, err := w.Seal(ctx, Contents{})
+		if err != nil {
+			t.Fatalf("what was sealed and then deleted: %v", err)
+		}
+		if i.Name() != "image" || i.Manifest().Pages.Evicted != 20 {
+			t.Errorf("image %s with %+v", i.Name(), i.Manifest().Pages)
+		}
+		i.Close()
+	})
+	t.Run("not synced", func(t *testing.T) {
+		r, w := start(t, func(r *Repository, w *Writer, name string) error {
+			if name == imagesDir {
+				return syscall.EIO
+			}
+			return nil
+		})
+		_, err := w.Seal(ctx, Contents{})
+		if visible := new(VisibleError); !errors.Is(err, syscall.EIO) || errors.As(err, &visible) {
+			t.Errorf("not synced: %v", err)
+		}
+		invisible(t, r, w)
+	})
+	t.Run("not synced, and no way back", func(t *testing.T) {
+		r, w := start(t, func(r *Repository, w *Writer, name string) error {
+			if name != imagesDir {
+				return nil
+			}
+			return errors.Join(syscall.EIO, os.MkdirAll(r.path+"/"+w.stage("in the way"), 0o700))
+		})
+		_, err := w.Seal(ctx, Contents{})
+		if visible := new(VisibleError); !errors.Is(err, syscall.EIO) || !errors.As(err, &visible) || visible.Image != "image" {
+			t.Errorf("visible, and the error does not say so: %v", err)
+		}
+		if err := w.Abort(); err != nil {
+			t.Error(err)
+		}
+		i, err := r.Open(ctx, "image")
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.Close()
+	})
+}
+
+// TestExchangedCopies: on a volume without links, a copy is taken for one only if it is the file that was written.
+func TestExchangedCopies(t *testing.T) {
+	ctx := context.Background()
+	for what, do := range map[string]func(path string) error{
+		"another file": func(path string) error {
+			content, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+			return os.WriteFile(path, content, 0o600)
+		},
+		"shorter": func(path string) error { return os.Truncate(path, 100) },
+		"longer":  func(path string) error { return os.Truncate(path, 1<<20) },
+		"closed":  nil,
+	} {
+		for _, kind := range []string{".pages", ".hashes"} {
+			r := newRepository(t, testKeys(false))
+			parent := mustSeal(t, r, Spec{Name: "parent", Blocks: someBlocks})
+			own := parent.Manifest().ID.String() + kind
+			hooked := &hookedDisk{disk: &faultyDisk{disk: r.disk, noLinks: true}, sync: func(string) error { return nil }}
+			done := false
+			hook := func(name string) error {
+				if done || filepath.Base(name) != own {
+					return nil
+				}
+				if done = true; do == nil {
+					return syscall.EDQUOT
+				}
+				return do(filepath.Join(r.path, name))
+			}
+			if do == nil {
+				hooked.close = hook
+			} else {
+				hooked.file = hook
+			}
+			r.disk = hooked
+			w, err := r.Create(ctx, Spec{Name: "child", Parent: parent, Blocks: someBlocks})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = w.Seal(ctx, Contents{})
+			if space := new(SpaceError); err == nil || do == nil && !errors.As(err, &space) {
+				t.Errorf("%s, %s: %v", kind, what, err)
+			}
+			if damage := new(DamageError); errors.As(err, &damage) {
+				t.Errorf("%s, %s: found only when the image was opened: %v", kind, what, err)
+			}
+			if !done {
+				t.Errorf("%s, %s: nothing was done to it", kind, what)
+			}
+			if err := w.Abort(); err != nil {
+				t.Error(err)
+			}
 		}
 	}
 }

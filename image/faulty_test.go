@@ -1,6 +1,7 @@
 package image
 
 import (
+	"errors"
 	"sync"
 	"syscall"
 )
@@ -64,6 +65,53 @@ func (d *faultyDisk) remove(name string) error {
 
 func (d *faultyDisk) syncDir(name string) error {
 	if err := d.step(); err != nil {
+		return err
+	}
+	return d.disk.syncDir(name)
+}
+
+// hookedDisk calls a function before a directory is synced, and before a file is synced or closed.
+type hookedDisk struct {
+	disk
+	sync  func(name string) error
+	file  func(name string) error // may be nil
+	close func(name string) error // may be nil
+}
+
+func (d *hookedDisk) create(name string) (diskFile, error) {
+	f, err := d.disk.create(name)
+	if err != nil {
+		return nil, err
+	}
+	return &hookedFile{f, d, name}, nil
+}
+
+// hookedFile is a file of a hookedDisk.
+type hookedFile struct {
+	diskFile
+	disk *hookedDisk
+	name string
+}
+
+func (f *hookedFile) Sync() error {
+	if f.disk.file != nil {
+		if err := f.disk.file(f.name); err != nil {
+			return err
+		}
+	}
+	return f.diskFile.Sync()
+}
+
+func (f *hookedFile) Close() error {
+	err := f.diskFile.Close()
+	if f.disk.close != nil {
+		err = errors.Join(err, f.disk.close(f.name))
+	}
+	return err
+}
+
+func (d *hookedDisk) syncDir(name string) error {
+	if err := d.sync(name); err != nil {
 		return err
 	}
 	return d.disk.syncDir(name)

@@ -3,6 +3,9 @@ package image_test
 import (
 	"bytes"
 	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"encoding/hex"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -15,6 +18,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/minio/highwayhash"
 
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/image/pageset"
@@ -378,4 +382,87 @@ func TestStrangerReadsLargeImages(t *testing.T) {
 		t.Fatal(err)
 	}
 	compareImages(t, "large", loadAll(t, i), got)
+}
+
+// TestImageWithoutPages has both readers read images that have no index to speak of.
+func TestImageWithoutPages(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	if err := image.InitRepository(dir); err != nil {
+		t.Fatal(err)
+	}
+	keys := goldenKeys(false)
+	r, err := image.OpenRepository(dir, keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for name, blocks := range map[string][]image.BlockInfo{"no-blocks": nil, "empty-block": {{Name: "none"}}} {
+		w, err := r.Create(ctx, image.Spec{Name: name, Blocks: blocks, Compression: image.Zstd})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Abort()
+		i, err := w.Seal(ctx, image.Contents{DeviceState: []byte("state")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer i.Close()
+		if err := i.Verify(ctx, nil); err != nil {
+			t.Error(err)
+		}
+		if m := i.Manifest(); m.Index.Bytes != 64+48 || m.Index.Directory != 64 || len(m.Data) != 0 {
+			t.Errorf("%s: index %+v, data files %v", name, m.Index, m.Data)
+		}
+		got, err := readStrangely(dir, name, keys.Secret[:], nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		compareImages(t, name, loadAll(t, i), got)
+	}
+}
+
+// TestStrangerVectors holds what the document says in words against its test vectors.
+func TestStrangerVectors(t *testing.T) {
+	secret, encryption, repository, id, page := image.VectorInput()
+	got := map[string]string{}
+	note := func(what string, value []byte) { got[what] = hex.EncodeToString(value) }
+	key := func(name, purpose string, material []byte) []byte {
+		k := strangeDerive("vmckpt.io 2026 image v1 "+purpose, material)
+		note("K<sub>"+name+"</sub>", k)
+		return k
+	}
+	mac, tag := key("mac", "manifest MAC", secret[:]), key("tag", "record tag", secret[:])
+	pages, files := key("page", "page hash", secret[:]), key("file", "file digest", secret[:])
+	check := key("check", "key check", secret[:])
+	aead := key("aead", "record encryption", append(secret[:], encryption[:]...))
+	note("secret check", strangeKeyed(check, 16, []byte("secret"), repository[:]))
+	note("encryption check", strangeKeyed(aead, 16, []byte("encryption"), repository[:]))
+	note("MAC of a manifest of the bytes `{}`", strangeKeyed(mac, 32, []byte("{}")))
+	hash := highwayhash.Sum128(page, pages)
+	note("hash of the page", hash[:])
+	digest := highwayhash.Sum(page, files)
+	note("digest of a file that is the page, and nothing else", digest[:])
+	for how, key := range map[string][]byte{"plain": tag, "encrypted": aead} {
+		encrypted := how == "encrypted"
+		flag := byte(0)
+		if encrypted {
+			flag = 1
+		}
+		head := bytes.Join([][]byte{[]byte("VMCKPT01PAGE"), {flag, 0, 0, 0}, id[:], repository[:]}, nil)
+		note(how+": tag of the file header", strangeKeyed(tag, 16, head))
+		record := append([]byte("PAGE"), 0, 1, 0, 0, 0, 16, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+		gcm := try(cipher.NewGCM(try(aes.NewCipher(strangeKeyed(key, 32, []byte("PAGE"), id[:])))))
+		nonce := []byte{64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+		if encrypted {
+			sealed := gcm.Seal(nil, nonce, page, record)
+			note("encrypted: first 16 bytes of the record's payload", sealed[:16])
+			note("encrypted: tag of the record", sealed[4096:])
+		} else {
+			note("plain: tag of the record", gcm.Seal(nil, nonce, nil, append(record, page...)))
+		}
+	}
+	if diff := cmp.Diff(image.DocumentedVectors(t), got); diff != "" {
+		t.Errorf("(-document +stranger):\n%s", diff)
+	}
 }

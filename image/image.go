@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"iter"
 	"os"
 	"slices"
@@ -35,17 +34,13 @@ type opener struct {
 	repository ID
 	image      string
 	encrypted  bool
-	reader     *recordReader
 }
 
 // file opens a file and checks its size and its header.
 func (o *opener) file(root *os.Root, prefix, name string, kind fileKind, n ID, size int64) (*sealedFile, error) {
 	f, info, err := openRegular(root, prefix+name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &DamageError{Image: o.image, File: name, Offset: 0, What: "is missing"}
-	}
 	if err != nil {
-		return nil, fmt.Errorf("image %s: %w", o.image, err)
+		return nil, readError(o.image, name, 0, err)
 	}
 	s, err := newSealer(o.keys, kind, n, o.encrypted)
 	if err != nil {
@@ -71,7 +66,9 @@ func (o *opener) index(dir *os.Root, m *Manifest) (*index, error) {
 	if err != nil {
 		return nil, err
 	}
-	x, err := openIndex(o.reader, f, m.Index.Directory, m.Blocks, m.dataBounds())
+	reader := new(recordReader)
+	defer reader.close()
+	x, err := openIndex(reader, f, m.Index.Directory, m.Blocks, m.dataBounds())
 	if err != nil {
 		f.file.Close()
 		return nil, err
@@ -84,7 +81,7 @@ func (r *Repository) Open(ctx context.Context, name string) (*Image, error) {
 	if err := CheckName(name); err != nil {
 		return nil, err
 	}
-	dir, err := openDir(r.root, imagePath(name))
+	dir, err := r.openImageDir(name)
 	if err != nil {
 		return nil, fmt.Errorf("open image %s: %w", name, notFound(err))
 	}
@@ -107,17 +104,13 @@ func (r *Repository) open(dir *os.Root, name string) (*Image, error) {
 	keys := r.keys
 	i := &Image{repository: r, keys: &keys, manifest: *m, digest: digest, dir: dir,
 		data: make([]*sealedFile, len(m.Data)), hashes: make([]*sealedFile, len(m.Data))}
-	reader := new(recordReader)
-	defer reader.close()
 	i.files = opener{keys: &keys, repository: r.id, image: name, encrypted: m.Encrypted()}
 	// A look at the sizes finds most of what a broken copy does to an image, at once and for nothing.
 	for _, f := range i.allFiles() {
 		info, err := dir.Lstat(f.name)
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil, &DamageError{Image: name, File: f.name, Offset: 0, What: "is missing"}
 		case err != nil:
-			return nil, fmt.Errorf("image %s: %w", name, err)
+			return nil, readError(name, f.name, 0, err)
 		case !info.Mode().IsRegular():
 			return nil, &DamageError{Image: name, File: f.name, Offset: 0, What: fmt.Sprintf("is no regular file (%v)", info.Mode().Type())}
 		case info.Size() != f.Bytes:
@@ -125,9 +118,7 @@ func (r *Repository) open(dir *os.Root, name string) (*Image, error) {
 				What: fmt.Sprintf("the file has %d bytes, not %d", info.Size(), f.Bytes)}
 		}
 	}
-	from := i.files
-	from.reader = reader
-	i.index, err = from.index(dir, m)
+	i.index, err = i.files.index(dir, m)
 	return i, err
 }
 

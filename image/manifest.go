@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"regexp"
 	"time"
+	"unicode/utf8"
 
 	"github.com/zeebo/blake3"
 
@@ -106,8 +107,8 @@ type PageCounts struct {
 	Inherited uint64 `json:"inherited"`
 	// Unchanged counts the pages that were submitted and turned out to be the parent's.
 	Unchanged uint64 `json:"unchanged"`
-	// Written counts the pages that were put into this image's own data file, superseded ones too. Rewritten of them were
-	// taken over from data files of the parent's.
+	// Written counts the pages that were put into this image's own data file, superseded ones too. Rewritten of them are the
+	// parent's, stored anew so that a data file of it is needed no more.
 	Written      uint64 `json:"written"`
 	Rewritten    uint64 `json:"rewritten"`
 	WrittenRaw   int64  `json:"writtenRawBytes"`    // before compression
@@ -198,6 +199,8 @@ func checkBlocks(blocks []BlockInfo) error {
 		switch {
 		case b.Name == "" || len(b.Name) > maxBlockName:
 			return fmt.Errorf("block %d has a name of %d bytes, want 1 to %d", i, len(b.Name), maxBlockName)
+		case !utf8.ValidString(b.Name):
+			return fmt.Errorf("block %d has a name that is not UTF-8: %q", i, b.Name) // JSON would have another in its place
 		case seen[b.Name]:
 			return fmt.Errorf("two blocks are named %q", b.Name)
 		case b.Bytes%pageset.PageBytes != 0:
@@ -300,13 +303,20 @@ func decodeManifest(keys *derived, repository ID, name string, manifest, mac []b
 		return nil, fmt.Errorf("image %s: secret: %w", name, ErrWrongKey)
 	case !valid:
 		return nil, damage(manifestName, -1, "its MAC does not match (or %s is what is damaged)", macName)
-	case !ours:
-		return nil, damage(macName, int64(len(macMagic)), "the key check does not match, the MAC does")
 	}
 	m := new(Manifest)
 	d := json.NewDecoder(bytes.NewReader(manifest))
 	d.DisallowUnknownFields()
-	if err := d.Decode(m); err != nil {
+	err := d.Decode(m)
+	// The secret is ours and so is the manifest. If the key check fits the repository that the manifest names, nothing is damaged.
+	if !ours && err == nil && mismatch(check, keys.secretCheck(m.Repository)) < 0 {
+		return nil, damage(manifestName, -1, "it is an image of repository %s, and this is %s: the image was moved here, or %s was changed",
+			m.Repository, repository, repositoryName)
+	}
+	if !ours {
+		return nil, damage(macName, int64(len(macMagic)), "the key check does not match, the MAC does")
+	}
+	if err != nil {
 		return nil, damage(manifestName, d.InputOffset(), "%v", err)
 	}
 	if err := m.check(); err != nil {

@@ -88,7 +88,7 @@ func (p *packer) sort(j job) ([]byte, error) {
 	p.entries, p.pages, p.hashes = p.entries[:0], p.pages[:0], p.hashes[:0]
 	block := uint32(b.Block)
 	keys := &p.repository.keys
-	var uniform, unchanged uint64
+	var uniform, unchanged, rewritten uint64
 	kept := 0
 	for i, page := range b.Pages {
 		content := b.Data[i*pageset.PageBytes:][:pageset.PageBytes:pageset.PageBytes]
@@ -98,11 +98,13 @@ func (p *packer) sort(j job) ([]byte, error) {
 			hash = keys.hashPage(content)
 		}
 		if p.parent != nil && !j.rewrite {
-			equal, err := p.parent.has(block, page, same, word, hash)
+			equal, stay, err := p.parent.has(block, page, same, word, hash)
 			if err != nil {
 				return nil, err
 			}
-			if equal {
+			if equal && !stay {
+				rewritten++
+			} else if equal {
 				unchanged++
 				p.note(extent{block: block, first: page, count: 1, kind: inherited})
 				continue
@@ -121,6 +123,7 @@ func (p *packer) sort(j job) ([]byte, error) {
 	}
 	p.uniform.Add(uniform)
 	p.unchanged.Add(unchanged)
+	p.rewritten.Add(rewritten)
 	return b.Data[:kept*pageset.PageBytes], nil
 }
 

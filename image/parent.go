@@ -22,6 +22,8 @@ type parent struct {
 	linked   bool
 	index    *index
 	files    []*parentFile
+
+	submitted places // in files that are being rewritten
 }
 
 type parentFile struct {
@@ -58,14 +60,15 @@ func (w *Writer) checkParent() error {
 	return nil
 }
 
-// take links the parent's data files into the writer's directory. The repository's lock is held.
+// take links the parent's data files into the writer's directory and opens its index. The repository's lock is held, so that the
+// parent is not deleted meanwhile; afterwards it may be.
 func (p *parent) take(w *Writer) error {
 	r := w.repository
 	refuse := func(err error) error {
 		return &ParentError{Parent: p.info.Name, Reason: "it is not what it was when it was opened", Err: notFoundWith(err)}
 	}
 	var err error
-	if p.dir, err = openDir(r.root, p.path); err != nil {
+	if p.dir, err = r.openImageDir(p.info.Name); err != nil {
 		return refuse(err)
 	}
 	// Under its name there has to be that image still, and not another that came in its place.
@@ -76,6 +79,9 @@ func (p *parent) take(w *Writer) error {
 	}
 	for i := range p.manifest.Data {
 		p.files = append(p.files, &parentFile{DataFile: p.manifest.Data[i]})
+	}
+	if p.index, err = p.opener().index(p.dir, p.manifest); err != nil {
+		return p.damaged(err)
 	}
 	p.linked = true
 	for _, f := range p.files {
@@ -107,7 +113,7 @@ func (p *parent) takeCopies(w *Writer) error {
 	}
 	var err error
 	if p.inUse, _, err = openRegular(p.dir, macName); err != nil {
-		return err
+		return p.damaged(readError(p.info.Name, macName, 0, err))
 	}
 	if free, err := tryLock(p.inUse, false); err != nil {
 		return err
@@ -117,7 +123,7 @@ func (p *parent) takeCopies(w *Writer) error {
 	return nil
 }
 
-// open opens what was taken and reads the index through, so that a damaged one is found out before any page is read.
+// open opens the data files that were taken and reads the index through, so that a damaged one is found out before any page is read.
 func (p *parent) open(ctx context.Context) error {
 	p.chooseRewrites(p.writer.spec.RewriteBytes)
 	return p.damaged(p.openFiles(ctx))
@@ -131,17 +137,15 @@ func (p *parent) damaged(err error) error {
 	return err
 }
 
+func (p *parent) opener() *opener {
+	r := p.writer.repository
+	return &opener{keys: &r.keys, repository: r.id, image: p.info.Name, encrypted: p.manifest.Encrypted()}
+}
+
 func (p *parent) openFiles(ctx context.Context) error {
 	r := p.writer.repository
-	keys := &r.keys
-	reader := new(recordReader)
-	defer reader.close()
-	from := opener{keys: keys, repository: r.id, image: p.info.Name, encrypted: p.manifest.Encrypted(), reader: reader}
+	from := p.opener()
 	var err error
-	p.index, err = from.index(p.dir, p.manifest)
-	if err != nil {
-		return err
-	}
 	for _, f := range p.files {
 		root, prefix := p.dir, ""
 		if p.linked {
@@ -208,24 +212,30 @@ func (p *parent) reader() *parentReader {
 
 // has reports whether the page is in the parent what it is now: the uniform word, if it is uniform, else a page of that
 // hash. Where the parent has no content for it, it never is, zeros or not: a page that has content is no hole.
-func (r *parentReader) has(block uint32, page uint64, uniform bool, word uint64, hash pageHash) (bool, error) {
+//
+// stay is false where the parent's page is in a file that is being rewritten: then the entry must not be the parent's, equal or
+// not, and rewrite leaves the page out.
+func (r *parentReader) has(block uint32, page uint64, uniform bool, word uint64, hash pageHash) (equal, stay bool, err error) {
 	e, err := r.cursor.find(block, page)
 	if err != nil {
-		return false, r.parent.damaged(err)
-	}
-	if uniform {
-		return e.kind == Uniform && e.word == word, nil
+		return false, false, r.parent.damaged(err)
 	}
 	if e.kind != Stored {
-		return false, nil
+		return uniform && e.kind == Uniform && e.word == word, true, nil
 	}
 	f := r.parent.files[e.frame.file]
+	if f.rewrite {
+		r.parent.submitted.add(place{block, page})
+	}
+	if uniform {
+		return false, !f.rewrite, nil
+	}
 	ordinal := e.frame.ordinal + uint64(e.slot) + page - e.first
 	theirs, err := r.hashes.at(f.hashFile, ordinal, f.PagesInFile)
 	if err != nil {
-		return false, r.parent.damaged(err)
+		return false, false, r.parent.damaged(err)
 	}
-	return theirs == hash, nil
+	return theirs == hash, !f.rewrite, nil
 }
 
 // frameCopy is a copy of a data file with only the frames in use, each at the place it had, and holes between them: so
@@ -311,28 +321,58 @@ func (c *frameCopy) close() {
 	}
 }
 
-// finish syncs the copies and takes their digests.
-func (c *frameCopy) finish(w *Writer) (pages, hashes FileInfo, err error) {
-	for _, one := range []struct {
-		file diskFile
-		from *sealedFile
-		info *FileInfo
-	}{{c.pages, c.from.pageFile, &pages}, {c.hashes, c.from.hashFile, &hashes}} {
-		if err := one.file.Sync(); err != nil {
-			return pages, hashes, fmt.Errorf("sync a copy of %s: %w", one.from.name, err)
-		}
-		f, info, err := openRegular(w.repository.root, w.stage(one.from.name))
-		if err != nil {
-			return pages, hashes, fmt.Errorf("open a copy of %s: %w", one.from.name, err)
-		}
-		digest := w.repository.keys.newFileDigest()
-		_, err = io.Copy(digest, io.LimitReader(f, info.Size()))
-		f.Close()
-		if err != nil {
-			return pages, hashes, fmt.Errorf("read a copy of %s: %w", one.from.name, err)
-		}
-		one.info.Bytes = info.Size()
-		digest.Sum(one.info.Digest[:0])
+// finish syncs and closes the copies, and takes their digests.
+func (c *frameCopy) finish(ctx context.Context, w *Writer) (pages, hashes FileInfo, err error) {
+	if pages, err = w.finishCopy(ctx, &c.pages, c.from.pageFile); err != nil {
+		return pages, hashes, err
 	}
-	return pages, hashes, nil
+	hashes, err = w.finishCopy(ctx, &c.hashes, c.from.hashFile)
+	return pages, hashes, err
+}
+
+// finishCopy ends one copy, and sets it to nil once it is closed. Since frames were written to it in the order of the index, its
+// digest is taken of what lies on the volume: of the very file that was written, then, and only if it has kept its size.
+func (w *Writer) finishCopy(ctx context.Context, copied *diskFile, from *sealedFile) (FileInfo, error) {
+	failed := func(what string, err error) (FileInfo, error) {
+		return FileInfo{}, fmt.Errorf("%s a copy of %s: %w", what, from.name, err)
+	}
+	if err := (*copied).Sync(); err != nil {
+		return failed("sync", err)
+	}
+	written, err := (*copied).Stat()
+	if err != nil {
+		return failed("look at", err)
+	}
+	f, info, err := openRegular(w.repository.root, w.stage(from.name))
+	if err != nil {
+		return failed("open", err)
+	}
+	defer f.Close()
+	if !os.SameFile(written, info) {
+		return failed("open", errors.New("it was exchanged while it was written"))
+	}
+	if info.Size() != from.size {
+		return failed("open", fmt.Errorf("it has %d bytes, not %d", info.Size(), from.size))
+	}
+	digest := w.repository.keys.newFileDigest()
+	buf := make([]byte, writeBytes)
+	for left := from.size; left > 0; {
+		if err := ctx.Err(); err != nil {
+			return FileInfo{}, err
+		}
+		n := min(left, int64(len(buf)))
+		if _, err := io.ReadFull(f, buf[:n]); err != nil {
+			return failed("read", err)
+		}
+		digest.Write(buf[:n])
+		left -= n
+	}
+	closing := (*copied).Close()
+	*copied = nil
+	if closing != nil {
+		return failed("close", closing)
+	}
+	done := FileInfo{Bytes: from.size}
+	digest.Sum(done.Digest[:0])
+	return done, nil
 }

@@ -21,6 +21,16 @@ func freeBytes(f *os.File) (int64, error) {
 	return int64(s.Bavail) * int64(s.Bsize), nil
 }
 
+// unreadable reports whether err is the system's word for a bad sector or a file system that has found itself damaged.
+func unreadable(err error) bool {
+	for _, e := range []error{unix.EIO, errFileSystem, unix.EBADMSG} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
 // lockPoll is how often a lock is asked for again: flock cannot be waited for and given up.
 const lockPoll = 10 * time.Millisecond
 
@@ -39,11 +49,19 @@ func lock(ctx context.Context, f *os.File, exclusive bool) error {
 	}
 }
 
-// tryLock takes the lock if it is free.
+// tryLock takes the lock if it is free. An exclusive one needs a file that was opened for writing too: NFS makes record locks
+// of flock's, and those want that. It is refused here everywhere, so that it is not on somebody's NFS that it first shows.
 func tryLock(f *os.File, exclusive bool) (bool, error) {
 	how := unix.LOCK_SH
 	if exclusive {
 		how = unix.LOCK_EX
+		flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+		if err == nil && flags&unix.O_ACCMODE != unix.O_RDWR {
+			err = unix.EBADF
+		}
+		if err != nil {
+			return false, fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
 	}
 	for {
 		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)

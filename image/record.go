@@ -227,10 +227,7 @@ func (f *sealedFile) readFull(dst []byte, offset int64) error {
 	if n == len(dst) {
 		return nil
 	}
-	if errors.Is(err, io.EOF) {
-		return f.damage(offset+int64(n), "the file ends early")
-	}
-	return fmt.Errorf("image %s: read %s at byte %d: %w", f.image, f.name, offset, err)
+	return readError(f.image, f.name, offset+int64(n), err)
 }
 
 // recordReader reads records and opens them. Each goroutine has its own.

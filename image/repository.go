@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"syscall"
 	"time"
 )
 
@@ -51,7 +52,7 @@ func initRepository(dir string, random io.Reader) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := openTop(dir)
 	if err != nil {
 		return err
 	}
@@ -112,7 +113,7 @@ func OpenRepository(dir string, keys Keys) (*Repository, error) {
 	if keys.Secret == ([32]byte{}) {
 		return nil, fmt.Errorf("open repository %s: the secret is all zeros", dir)
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := openTop(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open repository: %w", notFoundWith(err))
 	}
@@ -137,13 +138,16 @@ func (r *Repository) Close() error { return r.root.Close() }
 // exclusive while an image is taken out of sight or leftovers are told from living writers. So neither sees the other
 // half done. It is never held for longer than that takes.
 func openLock(root *os.Root) (*os.File, error) {
-	f, err := root.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
+	f, _, err := openRegularFor(root, lockName, os.O_RDWR)
+	for tries := 0; errors.Is(err, fs.ErrNotExist) && tries < 10; tries++ {
+		// Of several that find none each may make it, and only one does.
+		f, err = root.OpenFile(lockName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		if errors.Is(err, fs.ErrExist) {
+			f, _, err = openRegularFor(root, lockName, os.O_RDWR)
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open the repository's lock: %w", err)
-	}
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		f.Close()
-		return nil, fmt.Errorf("the repository's lock is no regular file")
 	}
 	return f, nil
 }
@@ -153,14 +157,43 @@ func (r *Repository) lock(ctx context.Context, exclusive bool) (*os.File, error)
 	if err != nil {
 		return nil, err
 	}
-	if err := lock(ctx, f, exclusive); err != nil {
+	err = lock(ctx, f, exclusive)
+	// Whoever locks is about to make, rename and remove in these. Were one of them a link to the other, Sweep would take images
+	// for leftovers.
+	for _, name := range []string{imagesDir, temporaryDir} {
+		if err == nil {
+			err = r.checkDir(name)
+		}
+	}
+	if err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
 }
 
+// checkDir fails where something else stands than a directory.
+func (r *Repository) checkDir(name string) error {
+	info, err := r.root.Lstat(name)
+	if err == nil && !info.IsDir() {
+		return &irregularError{name: name, want: "directory", mode: info.Mode()}
+	}
+	return gone(err)
+}
+
 func imagePath(name string) string { return imagesDir + "/" + name }
+
+// openImageDir opens an image's directory.
+func (r *Repository) openImageDir(name string) (*os.Root, error) {
+	if err := r.checkDir(imagesDir); err != nil {
+		return nil, err
+	}
+	dir, err := openDir(r.root, imagePath(name))
+	if irregular(err) || unreadable(err) {
+		err = readError(name, ".", -1, err)
+	}
+	return dir, err
+}
 
 // Summary is what can be said of an image without opening more than its manifest.
 type Summary struct {
@@ -186,7 +219,7 @@ func (r *Repository) Images(ctx context.Context) ([]Summary, error) {
 			continue // nothing that was written here by us
 		}
 		s := Summary{Name: name}
-		dir, err := openDir(r.root, imagePath(name))
+		dir, err := r.openImageDir(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // deleted meanwhile
 		}
@@ -212,12 +245,10 @@ func (r *Repository) readManifest(dir *os.Root, name string) (*Manifest, Digest,
 		content, err := readSmall(dir, file, limit)
 		var size *sizeError
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil, &DamageError{Image: name, File: file, Offset: 0, What: "is missing"}
 		case errors.As(err, &size):
 			return nil, &DamageError{Image: name, File: file, Offset: limit, What: err.Error()}
 		case err != nil:
-			return nil, fmt.Errorf("image %s: %w", name, err)
+			return nil, readError(name, file, 0, err)
 		}
 		return content, nil
 	}
@@ -247,9 +278,10 @@ func (r *Repository) temporary() (dir string, alive *os.File, err error) {
 	if err := r.root.Mkdir(dir, 0o700); err != nil {
 		return "", nil, fmt.Errorf("make a temporary directory: %w", err)
 	}
+	made := dir
 	defer func() {
 		if err != nil {
-			r.root.RemoveAll(dir)
+			r.disk.removeAll(made)
 		}
 	}()
 	alive, err = r.root.OpenFile(dir+"/"+aliveName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -292,13 +324,8 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 	if !info.IsDir() {
 		return fmt.Errorf("is no image (%v)", info.Mode().Type())
 	}
-	if f, _, err := openRegular(r.root, imagePath(name)+"/"+macName); err == nil {
-		defer f.Close()
-		if free, err := tryLock(f, true); err != nil {
-			return err
-		} else if !free {
-			return ErrBusy
-		}
+	if err := r.unused(name); err != nil {
+		return err
 	}
 	dir, alive, err := r.temporary()
 	if err != nil {
@@ -307,17 +334,56 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 	defer alive.Close()
 	// Out of sight by one rename, so that nobody ever finds half an image under a name.
 	if err := r.disk.rename(imagePath(name), dir+"/"+stageName); err != nil {
-		return errors.Join(err, r.root.RemoveAll(dir))
+		return errors.Join(err, r.removeTemporary(dir, alive))
 	}
 	if err := r.disk.syncDir(imagesDir); err != nil {
 		return err
 	}
 	guard.Close()
-	return r.root.RemoveAll(dir)
+	err = r.removeTemporary(dir, alive)
+	if errors.Is(err, syscall.ENOTEMPTY) || errors.Is(err, syscall.EBUSY) {
+		return nil // on NFS somebody here has a file of it open; the image is gone, and what is left is Sweep's
+	}
+	return err
+}
+
+// unused returns [ErrBusy] if a writer copies from the image. With the repository's lock held exclusively, none begins to.
+func (r *Repository) unused(name string) error {
+	f, _, err := openRegularFor(r.root, imagePath(name)+"/"+macName, os.O_RDWR)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), irregular(err):
+		return nil // so damaged that nobody copies from it
+	case err != nil:
+		return err
+	}
+	defer f.Close()
+	if free, err := tryLock(f, true); err != nil {
+		return err
+	} else if !free {
+		return ErrBusy
+	}
+	return nil
+}
+
+// removeTemporary removes a directory beneath tmp/ and closes its file alive (nil: it has none), whose lock is ours. That goes
+// last, and closed: NFS keeps a file that is removed while it is open, under another name, and with it the directory.
+func (r *Repository) removeTemporary(dir string, alive *os.File) error {
+	if alive == nil {
+		return r.disk.removeAll(dir)
+	}
+	list, _ := names(r.root, dir)
+	for _, name := range list {
+		if name != aliveName {
+			r.disk.removeAll(dir + "/" + name) // what fails shows in the end
+		}
+	}
+	alive.Close()
+	return r.disk.removeAll(dir)
 }
 
 // Sweep removes what writers left behind that were killed, if it is at least so old, and returns what it removed. What
-// belongs to a writer that lives is never touched, however old.
+// belongs to a writer that lives is never touched, however old; nor is what cannot be told, which is an error, once all else
+// is removed.
 func (r *Repository) Sweep(ctx context.Context, olderThan time.Duration) ([]string, error) {
 	removed, err := r.sweep(ctx, time.Now().Add(-olderThan))
 	if err != nil {
@@ -349,34 +415,39 @@ func (r *Repository) sweep(ctx context.Context, before time.Time) (removed []str
 			}
 		}
 	}()
+	var failed error
 	for _, name := range list {
 		path := temporaryDir + "/" + name
 		info, err := r.root.Lstat(path)
 		if err != nil || info.ModTime().After(before) {
+			failed = errors.Join(failed, gone(err))
 			continue
 		}
 		l := leftover{path: path}
 		if info.IsDir() {
 			// A directory without the file is one that was being made, or half removed, when its owner died: whoever
 			// lives holds the repository's lock in that moment, and we have it.
-			f, _, err := openRegular(r.root, path+"/"+aliveName)
+			f, _, err := openRegularFor(r.root, path+"/"+aliveName, os.O_RDWR)
 			if err == nil {
+				l.alive = f
 				if free, err := tryLock(f, true); err != nil || !free {
 					f.Close()
+					failed = errors.Join(failed, err)
 					continue
 				}
-				l.alive = f
+			} else if !errors.Is(err, fs.ErrNotExist) && !irregular(err) {
+				failed = errors.Join(failed, err)
+				continue
 			}
 		}
 		dead = append(dead, l)
 	}
 	guard.Close()
-	var failed error
 	for _, l := range dead {
 		if err := ctx.Err(); err != nil {
-			return removed, err
+			return removed, errors.Join(failed, err)
 		}
-		if err := r.root.RemoveAll(l.path); err != nil {
+		if err := r.removeTemporary(l.path, l.alive); err != nil {
 			failed = errors.Join(failed, err)
 			continue
 		}

@@ -67,6 +67,18 @@ func TestInitAndOpenRepository(t *testing.T) {
 	if _, err := OpenRepository(dir, Keys{}); err == nil {
 		t.Error("opened with no secret")
 	}
+	pipe := filepath.Join(dir, "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, not := range []string{pipe, ""} {
+		if _, err := OpenRepository(not, keys); err == nil {
+			t.Errorf("opened %q", not)
+		}
+		if err := InitRepository(not); err == nil {
+			t.Errorf("made %q a repository", not)
+		}
+	}
 	path := filepath.Join(dir, repositoryName)
 	for _, text := range []string{
 		"", "{", "[]", `{"format":"vmckpt repository","version":2,"id":"00000000000000000000000000000001"}`,
@@ -132,6 +144,7 @@ func TestBadSpecs(t *testing.T) {
 		"no name":         {{"", 4096}},
 		"long name":       {{strings.Repeat("x", 256), 4096}},
 		"twice":           {{"ram", 4096}, {"ram", 4096}},
+		"no UTF-8":        {{"ram\xff", 4096}},
 		"too large":       {{"a", 1 << 52}, {"b", 4096}},
 		"too many":        make([]BlockInfo, 5000),
 	} {
@@ -267,6 +280,38 @@ func TestWrongKeys(t *testing.T) {
 	}
 }
 
+// TestAnotherRepository has an image found in a repository of another id, under the right secret.
+func TestAnotherRepository(t *testing.T) {
+	ctx := context.Background()
+	r, other := newRepository(t, testKeys(false)), newRepository(t, testKeys(false))
+	mustSeal(t, r, Spec{Name: "image", Blocks: someBlocks})
+	check := func(what string, r *Repository, of, here ID) {
+		t.Helper()
+		_, err := r.Open(ctx, "image")
+		damage := new(DamageError)
+		if !errors.As(err, &damage) || damage.File != manifestName || errors.Is(err, ErrWrongKey) ||
+			!strings.Contains(err.Error(), of.String()) || !strings.Contains(err.Error(), here.String()) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	text, err := os.ReadFile(filepath.Join(r.path, repositoryName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed := strings.Replace(string(text), r.id.String(), other.id.String(), 1)
+	if err := os.WriteFile(filepath.Join(r.path, repositoryName), []byte(changed), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	again, err := OpenRepository(r.path, testKeys(false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	check("the id was changed", again, r.id, other.id)
+	rename(t, filepath.Join(r.path, imagePath("image")), filepath.Join(other.path, imagePath("image")))
+	check("the image was moved", other, r.id, other.id)
+}
+
 func TestUnfitParents(t *testing.T) {
 	ctx := context.Background()
 	r := newRepository(t, testKeys(false))
@@ -359,9 +404,9 @@ func TestRewrite(t *testing.T) {
 		if got := small.Manifest(); len(got.Data) != 3 || got.Pages.Rewritten != 0 {
 			t.Errorf("rewritten beyond the budget: %+v", got.Pages)
 		}
-		// Page 2 is both rewritten and submitted.
+		// Page 2 is submitted, changed: there is nothing of it to be rewritten.
 		enough := write("enough", small, pageset.Run{First: 2, Count: 1}, 20*pageset.PageBytes)
-		if got := enough.Manifest(); len(got.Data) != 3 || got.Pages.Rewritten != 20 || got.Pages.Stored != 100 {
+		if got := enough.Manifest(); len(got.Data) != 3 || got.Pages.Rewritten != 19 || got.Pages.Written != 20 || got.Pages.Stored != 100 {
 			t.Errorf("not rewritten: %d files, %+v", len(got.Data), got.Pages)
 		}
 		for _, i := range []*Image{base, most, small} {
@@ -373,6 +418,69 @@ func TestRewrite(t *testing.T) {
 			t.Error(err)
 		}
 		checkLoad(t, enough, m)
+	}
+}
+
+// TestRewriteUnchanged rewrites what is left of a base while pages are submitted that are what the parent has: none, as where
+// tracking knows it, some, or all, as where everything is compared. The file goes, and no page is stored twice.
+func TestRewriteUnchanged(t *testing.T) {
+	ctx := context.Background()
+	const pages, left = 100, 10
+	blocks := []BlockInfo{{"ram", pages * pageset.PageBytes}}
+	for _, links := range []bool{true, false} {
+		for _, submitted := range []uint64{0, left / 2, pages} {
+			r := newRepository(t, testKeys(true))
+			if !links {
+				r.disk = &faultyDisk{disk: r.disk, noLinks: true}
+			}
+			m := newMemory(blocks)
+			write := func(name string, parent *Image, run pageset.Run, change bool, budget int64) *Image {
+				w, err := r.Create(ctx, Spec{Name: name, Parent: parent, Blocks: blocks, Compression: Zstd, RewriteBytes: budget})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer w.Abort()
+				b, err := w.Batch(ctx)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for p := run.First; p < run.End(); p++ {
+					if change {
+						copy(m.page(0, p)[100:], fmt.Sprintf("page %d of %s", p, name))
+						m.kinds[0][p] = Stored
+					}
+					b.Pages, b.Data = append(b.Pages, p), append(b.Data, m.page(0, p)...)
+				}
+				w.Submit(b)
+				if parent != nil && !change {
+					w.Absent(0, pageset.Run{First: pages - 1, Count: 1}, AbsentEvicted)
+					clear(m.page(0, pages-1))
+					m.kinds[0][pages-1] = Evicted
+				}
+				i, err := w.Seal(ctx, Contents{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { i.Close() })
+				checkLoad(t, i, m)
+				return i
+			}
+			base := write("base", nil, pageset.Run{Count: pages}, true, 0)
+			most := write("most", base, pageset.Run{First: left, Count: pages - left}, true, 0)
+			last := write("last", most, pageset.Run{Count: submitted}, false, 1<<20)
+			got := last.Manifest()
+			if len(got.Data) != 2 || got.Data[0].ID == base.Manifest().ID || got.Data[1].ID == base.Manifest().ID {
+				t.Errorf("links=%v, %d submitted: made of %+v", links, submitted, got.Data)
+			}
+			want := got.Pages
+			want.Rewritten, want.Written, want.Unchanged = left, left, max(submitted, left)-left
+			if diff := cmp.Diff(want, got.Pages); diff != "" {
+				t.Errorf("links=%v, %d submitted (-want +got):\n%s", links, submitted, diff)
+			}
+			if err := last.Verify(ctx, nil); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }
 
@@ -425,6 +533,45 @@ func TestHostileFiles(t *testing.T) {
 			}
 			if err := r.Delete(ctx, "image"); err != nil && what == "directory" {
 				t.Error(err)
+			}
+			for _, name := range []string{imagesDir, temporaryDir, lockName} {
+				if what == "directory" && name != lockName {
+					continue // which it is
+				}
+				path := filepath.Join(r.path, name)
+				os.RemoveAll(path + ".old")
+				rename(t, path, path+".old")
+				if err := put(path); err != nil {
+					t.Fatal(err)
+				}
+				for call, err := range map[string]error{
+					"Create": func() error {
+						w, err := r.Create(ctx, Spec{Name: "other", Blocks: someBlocks})
+						if err == nil {
+							w.Abort()
+						}
+						return err
+					}(),
+					"Delete": r.Delete(ctx, "image"),
+					"Sweep":  func() error { _, err := r.Sweep(ctx, -time.Hour); return err }(),
+				} {
+					if err == nil {
+						t.Errorf("%s in place of %s: %s went on", what, name, call)
+					}
+				}
+				if name == imagesDir {
+					if _, err := r.Images(ctx); err == nil {
+						t.Errorf("%s in place of %s: listed", what, name)
+					}
+					if i, err := r.Open(ctx, "image.old"); err == nil {
+						i.Close()
+						t.Errorf("%s in place of %s: opened", what, name)
+					}
+				}
+				if err := os.Remove(path); err != nil {
+					t.Fatal(err)
+				}
+				rename(t, path+".old", path)
 			}
 			if text, err := os.ReadFile(outside); err != nil || string(text) != "not yours" {
 				t.Errorf("the file outside: %q, %v", text, err)
@@ -582,6 +729,29 @@ func TestConcurrently(t *testing.T) {
 			t.Error(err)
 		}
 		i.Close()
+	}
+}
+
+// TestDeletedOnceTaken deletes a parent as soon as its files have been taken.
+func TestDeletedOnceTaken(t *testing.T) {
+	ctx := context.Background()
+	r := newRepository(t, testKeys(false))
+	parent := mustSeal(t, r, Spec{Name: "parent", Blocks: someBlocks})
+	w := &Writer{repository: r, spec: Spec{Name: "child", Parent: parent, Blocks: someBlocks}}
+	if err := w.checkParent(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.enter(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Delete(ctx, "parent"); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.parent.open(ctx); err != nil {
+		t.Errorf("the parent was taken before: %v", err)
+	}
+	if err := w.discard(); err != nil {
+		t.Error(err)
 	}
 }
 

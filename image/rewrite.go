@@ -4,13 +4,15 @@ import (
 	"cmp"
 	"context"
 	"slices"
+	"sync"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
 )
 
 // Of a data file that images go on linking, less and less is used: the space of the rest stays taken as long as one of them
 // exists, and each file is one more to open. So an increment may rewrite what it still needs of such files into its own.
-// The pages go the way of all pages, ordered before everything that the caller submitted.
+// A page that the caller submits is stored then, changed or not. The rest goes the same way at the end, ordered before
+// everything that the caller submitted.
 const (
 	rewriteBelow = 4                // a file is worth it when less than one page in so many is used
 	crowdedFiles = maxDataFiles / 2 // from this number on, any file is, the least used first
@@ -33,15 +35,42 @@ func (p *parent) chooseRewrites(budget int64) {
 	}
 }
 
+// places is a set of pages. Of those in files that are being rewritten there are no more than the budget allows. The zero value is
+// empty and ready to use, by several goroutines.
+type places struct {
+	mu sync.Mutex
+	of map[place]struct{}
+}
+
+func (s *places) add(p place) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.of == nil {
+		s.of = map[place]struct{}{}
+	}
+	s.of[p] = struct{}{}
+}
+
+func (s *places) has(p place) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, in := s.of[p]
+	return in
+}
+
 // rewrites reports whether any file was chosen.
 func (p *parent) rewrites() bool {
 	return slices.ContainsFunc(p.files, func(f *parentFile) bool { return f.rewrite })
 }
 
-// rewrite submits the pages that the parent has in the chosen files.
+// rewrite submits the pages that the parent has in the chosen files, but for those that the caller submitted.
 func (w *Writer) rewrite(ctx context.Context) error {
 	if w.parent == nil || !w.parent.rewrites() {
 		return nil
+	}
+	// What is still on its way has not been looked up in the parent.
+	if err := w.Flush(ctx); err != nil {
+		return err
 	}
 	c := w.parent.index.cursor()
 	defer c.reader.close()
@@ -71,25 +100,29 @@ func (w *Writer) rewrite(ctx context.Context) error {
 		if e.kind != Stored || !w.parent.files[e.frame.file].rewrite {
 			continue
 		}
-		if last != e.frame {
-			last = frame{}
-			if err := frames.read(e.frame, raw[:int(e.frame.pages)*pageset.PageBytes]); err != nil {
-				return w.parent.damaged(err)
-			}
-			last = e.frame
-		}
-		if batch != nil && (batch.Block != int(e.block) || len(batch.Pages)+int(e.count) > BatchPages) {
-			flush()
-		}
-		if batch == nil {
-			if batch, err = w.Batch(ctx); err != nil {
-				return err
-			}
-			batch.Block = int(e.block)
-		}
 		for n := range e.count {
-			batch.Pages = append(batch.Pages, e.first+n)
+			page := e.first + n
+			if w.parent.submitted.has(place{e.block, page}) {
+				continue
+			}
+			if last != e.frame {
+				last = frame{}
+				if err := frames.read(e.frame, raw[:int(e.frame.pages)*pageset.PageBytes]); err != nil {
+					return w.parent.damaged(err)
+				}
+				last = e.frame
+			}
+			if batch != nil && (batch.Block != int(e.block) || len(batch.Pages) == BatchPages) {
+				flush()
+			}
+			if batch == nil {
+				if batch, err = w.Batch(ctx); err != nil {
+					return err
+				}
+				batch.Block = int(e.block)
+			}
+			batch.Pages = append(batch.Pages, page)
+			batch.Data = append(batch.Data, raw[(uint64(e.slot)+n)*pageset.PageBytes:][:pageset.PageBytes]...)
 		}
-		batch.Data = append(batch.Data, raw[int(e.slot)*pageset.PageBytes:][:e.count*pageset.PageBytes]...)
 	}
 }

@@ -5,11 +5,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 )
 
 // Seal ends the image: it writes the index and everything else, syncs it all, and makes the image visible by one rename.
-// If it fails nothing is visible, and the caller aborts. The errors to act on are [*MissingPagesError], [*SpaceError],
-// [*ParentError] and [ErrExists].
+// If it fails nothing is visible, unless the error is a [*VisibleError], and the caller aborts. The errors to act on are
+// [*MissingPagesError], [*SpaceError], [*ParentError], [ErrExists] and [*VisibleError].
 func (w *Writer) Seal(ctx context.Context, contents Contents) (*Image, error) {
 	if w.sealed || w.removed {
 		return nil, fmt.Errorf("seal image %s: %w", w.spec.Name, ErrClosed)
@@ -19,7 +20,8 @@ func (w *Writer) Seal(ctx context.Context, contents Contents) (*Image, error) {
 	if err := w.err(); err != nil {
 		return nil, err
 	}
-	if err := w.seal(ctx, contents); err != nil {
+	i, err := w.seal(ctx, contents)
+	if err != nil {
 		err = fmt.Errorf("seal image %s: %w", w.spec.Name, w.repository.spaceError(err))
 		w.fail(err)
 		return nil, err
@@ -27,10 +29,19 @@ func (w *Writer) Seal(ctx context.Context, contents Contents) (*Image, error) {
 	w.sealed = true
 	// The image is there. What is left of the temporary directory is nothing that could be missed, and Sweep's if need be.
 	w.discard()
-	return w.repository.Open(ctx, w.spec.Name)
+	// Opened again it has the paths of its name in its errors. It need not be there any more, nor need there be room for one
+	// more open file.
+	named, err := w.repository.Open(ctx, w.spec.Name)
+	if err == nil && named.digest == i.digest {
+		i, named = named, i
+	}
+	if err == nil {
+		named.Close()
+	}
+	return i, nil
 }
 
-func (w *Writer) seal(ctx context.Context, contents Contents) error {
+func (w *Writer) seal(ctx context.Context, contents Contents) (*Image, error) {
 	r := w.repository
 	m := &Manifest{
 		Format: formatName, Version: formatVersion,
@@ -50,42 +61,68 @@ func (w *Writer) seal(ctx context.Context, contents Contents) error {
 	own := DataFile{ID: w.id, PagesInFile: w.room.ordinal}
 	var err error
 	if own.Pages, err = w.data.finish(); err != nil {
-		return err
+		return nil, err
 	}
 	if own.Hashes, err = w.hashes.finish(); err != nil {
-		return err
+		return nil, err
 	}
 	if err := w.writeIndex(ctx, m, own); err != nil {
-		return err
+		return nil, err
 	}
-	if err := w.settle(m, own); err != nil {
-		return err
+	if err := w.settle(ctx, m, own); err != nil {
+		return nil, err
 	}
 	if err := w.writeState(m, contents.DeviceState); err != nil {
-		return err
+		return nil, err
 	}
 	manifest, mac, err := encodeManifest(&r.keys, m)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := writeFile(r.disk, w.stage(macName), mac); err != nil {
-		return err
+		return nil, err
 	}
 	if err := writeFile(r.disk, w.stage(manifestName), manifest); err != nil {
-		return err
+		return nil, err
+	}
+	if err := r.disk.syncDir(w.stage("")); err != nil {
+		return nil, fmt.Errorf("sync the image's directory: %w", err)
 	}
 	if err := ctx.Err(); err != nil {
-		return err
+		return nil, err
 	}
-	return w.publish()
+	i, err := w.openStaged(manifestDigest(manifest))
+	if err != nil {
+		return nil, err
+	}
+	if err := w.publish(); err != nil {
+		i.Close()
+		return nil, err
+	}
+	return i, nil
+}
+
+// openStaged opens the image before it is visible: what cannot be opened never is.
+func (w *Writer) openStaged(manifest Digest) (*Image, error) {
+	dir, err := openDir(w.repository.root, w.stage(""))
+	if err != nil {
+		return nil, fmt.Errorf("open what was written: %w", err)
+	}
+	i, err := w.repository.open(dir, w.spec.Name)
+	if err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("open what was written: %w", err)
+	}
+	if i.digest != manifest {
+		i.Close()
+		return nil, errors.New("open what was written: another manifest is in its place")
+	}
+	return i, nil
 }
 
 // publish is the one rename.
 func (w *Writer) publish() error {
 	r := w.repository
-	if err := r.disk.syncDir(w.stage("")); err != nil {
-		return fmt.Errorf("sync the image's directory: %w", err)
-	}
 	name := imagePath(w.spec.Name)
 	// Renaming onto a directory with something in it fails; of two writers of one name one gets this error.
 	if err := r.disk.rename(w.stage(""), name); err != nil {
@@ -96,7 +133,13 @@ func (w *Writer) publish() error {
 	}
 	if err := r.disk.syncDir(imagesDir); err != nil {
 		// Visible, but perhaps not after a power cut: so not visible.
-		return errors.Join(fmt.Errorf("sync the repository's directory: %w", err), r.root.Rename(name, w.stage("")))
+		err = fmt.Errorf("sync the repository's directory: %w", err)
+		if back := r.root.Rename(name, w.stage("")); back != nil {
+			if _, there := r.root.Lstat(name); !errors.Is(there, fs.ErrNotExist) {
+				return &VisibleError{Image: w.spec.Name, Err: errors.Join(err, back)}
+			}
+		}
+		return err
 	}
 	return nil
 }
@@ -233,7 +276,7 @@ func (w *Writer) missing(gap *gapError) error {
 }
 
 // settle removes the data files that nothing refers to and ends the copies of those that could not be linked.
-func (w *Writer) settle(m *Manifest, own DataFile) error {
+func (w *Writer) settle(ctx context.Context, m *Manifest, own DataFile) error {
 	used := map[ID]bool{}
 	for i := range m.Data {
 		used[m.Data[i].ID] = true
@@ -261,7 +304,7 @@ func (w *Writer) settle(m *Manifest, own DataFile) error {
 				return err
 			}
 		case f.copy != nil:
-			pages, hashes, err := f.copy.finish(w)
+			pages, hashes, err := f.copy.finish(ctx, w)
 			if err != nil {
 				return err
 			}

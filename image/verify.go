@@ -2,10 +2,8 @@ package image
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"runtime"
 	"sync"
 
@@ -218,11 +216,8 @@ func (v *verifier) checkDigests(ctx context.Context) error {
 
 func (v *verifier) checkDigest(ctx context.Context, f namedFile) error {
 	file, info, err := openRegular(v.dir, f.name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return v.damage(f.name, 0, "is missing")
-	}
 	if err != nil {
-		return fmt.Errorf("image %s: %w", v.Name(), err)
+		return readError(v.Name(), f.name, 0, err)
 	}
 	defer file.Close()
 	if info.Size() != f.Bytes {
@@ -235,8 +230,8 @@ func (v *verifier) checkDigest(ctx context.Context, f namedFile) error {
 			return err
 		}
 		n := min(left, int64(len(buf)))
-		if _, err := io.ReadFull(file, buf[:n]); err != nil {
-			return fmt.Errorf("image %s: read %s at byte %d: %w", v.Name(), f.name, f.Bytes-left, err)
+		if got, err := io.ReadFull(file, buf[:n]); err != nil {
+			return readError(v.Name(), f.name, f.Bytes-left+int64(got), err)
 		}
 		digest.Write(buf[:n])
 		left -= n

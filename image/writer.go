@@ -506,9 +506,5 @@ func (w *Writer) discard() error {
 	if w.dir == "" {
 		return nil
 	}
-	err := w.repository.root.RemoveAll(w.dir)
-	if w.alive != nil {
-		w.alive.Close()
-	}
-	return err
+	return w.repository.removeTemporary(w.dir, w.alive)
 }

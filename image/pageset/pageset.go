@@ -50,6 +50,11 @@ func (s *Set) Has(page uint64) bool {
 	return page < s.pages && s.words[page/64]&(1<<(page%64)) != 0
 }
 
+// Overlaps reports whether any page of the run is a member.
+func (s *Set) Overlaps(r Run) bool {
+	return r.Count > 0 && s.next(r.First, true) < min(r.End(), s.pages)
+}
+
 // Add makes every page of the run a member. It panics where the run leaves the set's range, since a page number outside
 // its block is a page attributed to the wrong memory.
 func (s *Set) Add(r Run) { s.change(r, func(w *uint64, mask uint64) { *w |= mask }) }

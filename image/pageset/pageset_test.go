@@ -95,3 +95,22 @@ func TestOutsideRangePanics(t *testing.T) {
 		}()
 	}
 }
+
+func TestOverlaps(t *testing.T) {
+	rng := rand.New(rand.NewPCG(5, 6))
+	for range 300 {
+		s := New(1 + rng.Uint64N(300))
+		for range rng.IntN(4) {
+			s.Add(Run{rng.Uint64N(s.Len()), 1})
+		}
+		r := Run{First: rng.Uint64N(s.Len())}
+		r.Count = rng.Uint64N(s.Len() - r.First + 1)
+		want := false
+		for page := r.First; page < r.End(); page++ {
+			want = want || s.Has(page)
+		}
+		if got := s.Overlaps(r); got != want {
+			t.Fatalf("%v in a set of %d pages: %v, want %v", r, s.Count(), got, want)
+		}
+	}
+}

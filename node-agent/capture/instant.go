@@ -32,6 +32,10 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 	if err := c.fillPool(ctx); err != nil {
 		return nil, nil, err
 	}
+	// A look at all page tables right before the hold: they are in the processor's caches when it comes to it.
+	if _, err := c.session.Estimate(ctx); err != nil {
+		return nil, nil, err
+	}
 	var (
 		instant *dirty.Instant
 		residue dirty.Sets

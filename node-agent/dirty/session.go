@@ -299,7 +299,7 @@ func (s *Session) track(ctx context.Context) error {
 	s.record.Tracked = names // on the disk with the next write, which comes before the record can be valid for them
 	pid := s.process.PID
 	pages := &PageTables{blocks: s.blocks, tracked: tracked, pagemap: s.pagemap, uffd: s.uffd,
-		maps: func() ([]pagetable.Mapping, error) { return pagetable.Maps(pid) }}
+		maps: func(within []pagetable.Range) ([]pagetable.Mapping, error) { return pagetable.MapsWithin(pid, within) }}
 	hash := &ContentHash{blocks: s.blocks, covered: covered, pagemap: s.pagemap}
 	s.Union = NewUnion(s.blocks, s.pending, s.Invalidate, pages, hash)
 	return s.Union.Arm(ctx)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -134,5 +135,46 @@ func TestMappingsOfChild(t *testing.T) {
 	}
 	if _, err := Mappings(1 << 30); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("of no process: %v", err)
+	}
+}
+
+func TestMapsWithin(t *testing.T) {
+	all, err := Maps(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range all {
+		all[i].Path = ""
+	}
+	n := len(all)
+	for name, ranges := range map[string][]Range{
+		"one mapping":           {{all[2].Start, all[2].End}},
+		"a part of one":         {{all[1].Start, all[1].Start + 4096}},
+		"neighbours":            {{all[0].Start, all[3].End}},
+		"two parts of one":      {{all[1].Start, all[1].Start + 4096}, {all[1].End - 4096, all[1].End}},
+		"in no order":           {{all[3].Start, all[3].End}, {all[0].Start, all[0].End}},
+		"before all":            {{4096, 8192}},
+		"between, and nothing":  {{all[0].Start - 4096, all[0].Start}},
+		"from before to behind": {{all[0].Start - 4096, all[1].End + 4096}},
+	} {
+		got, err := MapsWithin(os.Getpid(), ranges)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want []Mapping
+		for _, m := range all[:n-1] { // the last is the vsyscall page, which queries do not know
+			if slices.ContainsFunc(ranges, func(r Range) bool { return m.Start < r.End && m.End > r.Start }) {
+				want = append(want, m)
+			}
+		}
+		if len(got) > len(want) { // an old kernel: all of them
+			t.Skip("PROCMAP_QUERY needs Linux 6.11")
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+	if _, err := MapsWithin(1<<30, []Range{{0, 4096}}); err == nil {
+		t.Error("mappings of a process that is not there")
 	}
 }

@@ -142,7 +142,11 @@ func memoryBound() (uint64, error) {
 // Check compares the layout with the mappings that the process has now, without asking QEMU: for moments when it cannot
 // answer. It sees a block that was unmapped or that lies on another file, not one that was added or grew.
 func (l Layout) Check(p *Process) error {
-	maps, err := pagetable.Maps(p.PID)
+	ranges := make([]pagetable.Range, len(l))
+	for i, b := range l {
+		ranges[i] = pagetable.Range{Start: b.HVA, End: b.HVA + b.Bytes}
+	}
+	maps, err := pagetable.MapsWithin(p.PID, ranges)
 	if err != nil {
 		return fmt.Errorf("qemu %v: %w", p, err)
 	}

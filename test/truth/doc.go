@@ -5,5 +5,9 @@
 // that. Nothing that the capture knows or remembers is used here: neither dirty sets nor hashes, and the memory is read
 // through /proc/PID/mem, which the capture does not read by.
 //
+// What must hold beside: each image is made on the parent and by the dirty source that the plan says, so that comparing everything does not
+// pass for tracking; the guest writes from instant to instant, gives memory back where it can, and goes on afterwards without having found
+// anything wrong; and at least two hundred random instants are judged, whatever machines can be had.
+//
 // The judge is judged too: a page left out of an image on purpose has to be found, that page and no other.
 package truth
