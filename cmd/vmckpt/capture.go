@@ -161,6 +161,9 @@ func checkCapture(r jobs.CaptureRequest) error {
 			return errors.New("--mode full makes a base, which has no --parent")
 		}
 	}
+	if err := capture.CheckAttributes(r.Attributes); err != nil {
+		return err
+	}
 	for name, d := range map[string]time.Duration{"--budget": r.ResidueBudget, "--hold-bound": r.HoldBound, "--pause-bound": r.PauseBound} {
 		if d <= 0 {
 			return fmt.Errorf("%s: want more than 0", name)

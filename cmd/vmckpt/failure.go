@@ -56,7 +56,7 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeExists:
 		return exitUsage, "choose another name"
 	case jobs.CodeKey:
-		return exitUsage, "--key wants a file that `vmckpt init` made, readable by its owner alone"
+		return exitUsage, "--key wants a file that `vmckpt init` made, outside the repository, this user's or root's, and readable by its owner alone"
 	case jobs.CodeRefused:
 		return exitRefused, "nothing was touched; docs/operation.md has each reason and what to do about it"
 	case jobs.CodeState:
@@ -77,6 +77,8 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 		return exitBusy, "wait for the other one to end, and try again"
 	case jobs.CodeNotPermitted:
 		return exitRefused, "reading and writing another process's memory needs root (CAP_SYS_PTRACE)"
+	case jobs.CodeNoAccess:
+		return exitRefused, "look at the owner and the mode of what the message names (in the repository, or this host's --record-dir), and whether its volume is mounted read-only"
 	case jobs.CodeLost:
 		return exitLost, "do not let the VM run: repeat the restore, of this image or another, or end the QEMU"
 	case jobs.CodeStopped:

@@ -1,11 +1,11 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -33,19 +33,16 @@ Whoever has the key file can read the images and make some that are believed; wi
 must not lie in the repository. Keep a copy of it.`,
 		Example: `  vmckpt init --repo /srv/checkpoints --key /etc/vmckpt.key --encrypt`,
 		Args:    exactly(),
-		RunE:    func(*cobra.Command, []string) error { return p.init(encrypt) },
+		RunE:    func(c *cobra.Command, _ []string) error { return p.init(c.Context(), encrypt) },
 	}
 	p.repositoryFlags(c)
 	c.Flags().BoolVar(&encrypt, "encrypt", false, "encrypt images: a new key file gets an encryption key as well")
 	return c
 }
 
-func (p *program) init(encrypt bool) error {
+func (p *program) init(ctx context.Context, encrypt bool) error {
 	r, err := p.repositoryRequest()
 	if err != nil {
-		return err
-	}
-	if err := keyOutside(r); err != nil {
 		return err
 	}
 	// A repository that is there already is told before a key is made for it.
@@ -53,18 +50,22 @@ func (p *program) init(encrypt bool) error {
 		return fmt.Errorf("make repository %s: %w", r.Dir, image.ErrExists)
 	}
 	created := false
-	keys, err := image.LoadKeyFile(r.KeyFile)
-	if errors.Is(err, image.ErrNotFound) {
+	keys, err := r.Keys()
+	switch {
+	case errors.Is(err, jobs.ErrKeyInside):
+		return &usageError{err}
+	case errors.Is(err, image.ErrNotFound):
 		created = true
-		keys, err = image.NewKeyFile(r.KeyFile, encrypt)
-	}
-	if err != nil {
-		return &jobs.KeyError{Err: err}
+		if keys, err = image.NewKeyFile(r.KeyFile, encrypt); err != nil {
+			return &jobs.KeyError{Err: err}
+		}
+	case err != nil:
+		return err
 	}
 	if encrypt && keys.Encryption == nil {
 		return &jobs.KeyError{Err: fmt.Errorf("key file %s has no encryption key", r.KeyFile)}
 	}
-	if err := image.InitRepository(r.Dir); err != nil {
+	if err := makeRepository(ctx, r.Dir); err != nil {
 		return err
 	}
 	answer := initJSON{Repository: r.Dir, KeyFile: r.KeyFile, KeyCreated: created, Encrypted: keys.Encryption != nil}
@@ -84,18 +85,15 @@ func (p *program) init(encrypt bool) error {
 	return nil
 }
 
-// keyOutside refuses a key file within the repository: it would be there for everybody whom it is to keep out.
-func keyOutside(r jobs.Repository) error {
-	dir, err := filepath.Abs(r.Dir)
-	if err != nil {
+// makeRepository makes the repository, or waits for another one that does to end, which an interruption need not wait for: nothing was begun
+// then, or it is as if the program had been killed.
+func makeRepository(ctx context.Context, dir string) error {
+	made := make(chan error, 1)
+	go func() { made <- image.InitRepository(dir) }()
+	select {
+	case err := <-made:
 		return err
+	case <-ctx.Done():
+		return fmt.Errorf("make repository %s: %w", dir, context.Cause(ctx))
 	}
-	key, err := filepath.Abs(r.KeyFile)
-	if err != nil {
-		return err
-	}
-	if inside, err := filepath.Rel(dir, key); err == nil && inside != ".." && !strings.HasPrefix(inside, "../") {
-		return &usageError{fmt.Errorf("the key file %s would lie in the repository, open to whoever owns that volume", r.KeyFile)}
-	}
-	return nil
 }

@@ -187,6 +187,58 @@ func TestOtherMachine(t *testing.T) {
 	}
 }
 
+// TestWrongKeyMakesNoBase names another key file by mistake, when nothing on the host says that there is an image of the machine.
+func TestWrongKeyMakesNoBase(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}})
+	name := m.Options().Name
+	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
+	process[jobs.ReleaseResult](s, records, 0, "release", name)
+	right := s.key
+	otherKey(t, s, m)
+	if got := failed(s, records, exitDamaged, "capture", name, "--name", "wrong"); got.Code != jobs.CodeWrongKey {
+		t.Errorf("error %+v", got)
+	}
+	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 1 {
+		t.Errorf("there is an image more: %+v", got.Images)
+	}
+	// To go on under another key is to be said.
+	process[captureJSON](s, records, 0, "capture", name, "--name", "new-key", "--mode", "full")
+	process[jobs.ReleaseResult](s, records, 0, "release", name)
+	s.key = right
+	if got := process[captureJSON](s, records, 0, "capture", name, "--name", "increment"); got.Parent != "base" {
+		t.Errorf("under the right key: %+v", got)
+	}
+}
+
+// TestReadOnlyVolume says what is wrong where the repository's volume is mounted read-only.
+func TestReadOnlyVolume(t *testing.T) {
+	volume := t.TempDir()
+	if err := unix.Mount("none", volume, "tmpfs", 0, "size=64m"); err != nil {
+		t.Skipf("not available here: mounting a small volume: %v", err)
+	}
+	t.Cleanup(func() { unix.Unmount(volume, unix.MNT_DETACH) }) //nolint:errcheck // the directory cannot be removed else, and that is told
+	s := &shell{t: t, repo: filepath.Join(volume, "repository"), key: filepath.Join(t.TempDir(), "key")}
+	s.ok("init")
+	s.write("web-1", "", 0, 0, 40)
+	if err := unix.Mount("none", volume, "", unix.MS_REMOUNT|unix.MS_RDONLY, "size=64m"); err != nil {
+		t.Fatal(err)
+	}
+	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 1 {
+		t.Errorf("list: %+v", got)
+	}
+	for _, args := range [][]string{{"delete", "web-1"}, {"init", "--repo", filepath.Join(volume, "other")}} {
+		_, stderr, exit := s.run(args...)
+		if exit != exitRefused || !strings.Contains(stderr, "read-only file system") || !strings.Contains(stderr, "mounted read-only") {
+			t.Errorf("vmckpt %v: exit code %d, standard error:\n%s", args, exit, stderr)
+		}
+	}
+	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}})
+	if got := failed(s, t.TempDir(), exitRefused, "capture", m.Options().Name); got.Code != jobs.CodeNoAccess {
+		t.Errorf("capture: %+v", got)
+	}
+}
+
 // TestInterrupted interrupts a capture; the machine goes on, there is no image, and nothing is left behind.
 func TestInterrupted(t *testing.T) {
 	s, records := newShell(t), t.TempDir()

@@ -1,13 +1,17 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmckpt/vmckpt/node-agent/jobs"
 )
@@ -31,7 +35,7 @@ func TestUsage(t *testing.T) {
 		{"show ../etc", "image name", env},
 		{"delete", "IMAGE is missing", env},
 		{"verify ..", "image name", env},
-		{"init", "would lie in the repository", env},
+		{"init", "lies in the repository", env},
 		{"capture", "which machine", env},
 		{"capture web --guest db", "two machines", env},
 		{"capture web db", "one argument too many", env},
@@ -40,6 +44,8 @@ func TestUsage(t *testing.T) {
 		{"capture web --compression lzma", "unknown compression", env},
 		{"capture web --budget 0s", "more than 0", env},
 		{"capture web --name Web", "image name", env},
+		{"capture web --attribute vm.uuid=x", "vm.uuid", env},
+		{"capture web --attribute a=b,vm.name=x", "vm.name", env},
 		{"capture web --monitor a --libvirt b", "two ways", env},
 		{"capture web --libvirt qemu+ssh://elsewhere/system", "on this host", env},
 		{"capture web --pid some", "invalid argument", env},
@@ -98,6 +104,126 @@ func TestInit(t *testing.T) {
 	}
 	if _, err := os.Stat(s.repo); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a repository was made all the same: %v", err)
+	}
+}
+
+// TestInitInterrupted interrupts an init that waits for another one.
+func TestInitInterrupted(t *testing.T) {
+	s := &shell{t: t, repo: t.TempDir(), key: filepath.Join(t.TempDir(), "key")}
+	other := filepath.Join(t.TempDir(), "other")
+	s2 := &shell{t: t, repo: other, key: s.key}
+	s2.ok("init")
+	// The lock is the file that a repository has beside its own two directories and its description.
+	locks, err := filepath.Glob(filepath.Join(other, "*lock*"))
+	if err != nil || len(locks) != 1 {
+		t.Fatalf("lock of a repository: %q, %v", locks, err)
+	}
+	lock, err := os.Create(filepath.Join(s.repo, filepath.Base(locks[0])))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	signals := make(chan os.Signal, 1)
+	time.AfterFunc(200*time.Millisecond, func() { signals <- unix.SIGINT })
+	var stdout, stderr bytes.Buffer
+	p := &program{stdout: &stdout, stderr: &stderr, now: time.Now, signals: signals, getenv: func(string) string { return "" }}
+	if exit := p.run(t.Context(), []string{"init", "--repo", s.repo, "--key", s.key}); exit != exitInterrupted || !strings.Contains(stderr.String(), s.repo) {
+		t.Errorf("exit code %d, standard error:\n%s", exit, stderr.String())
+	}
+	lock.Close()
+	// Here the program lives on, and with it what was waiting.
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(filepath.Join(s.repo, "repository.json")); err == nil {
+			return
+		}
+	}
+	t.Error("what waited for the lock did not get it")
+}
+
+// TestKeyFiles refuses what is no good as a key file, wherever it is used.
+func TestKeyFiles(t *testing.T) {
+	s := family(t)
+	text, err := os.ReadFile(s.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	file := func(path string, mode os.FileMode) string {
+		if err := os.WriteFile(path, text, mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	check := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	check(os.Symlink(s.repo, filepath.Join(dir, "repository")))
+	check(os.Symlink(s.key, filepath.Join(s.repo, "linked-out")))
+	file(filepath.Join(s.repo, "inside"), 0o600)
+	check(os.Symlink(filepath.Join(s.repo, "inside"), filepath.Join(dir, "linked-in")))
+	check(unix.Mkfifo(filepath.Join(dir, "pipe"), 0o600))
+	check(os.Symlink(s.key, filepath.Join(dir, "link")))
+	keys := map[string]string{
+		file(filepath.Join(dir, "readable"), 0o644): "chmod 600",
+		filepath.Join(dir, "pipe"):                  "no regular file",
+		dir:                                         "no regular file",
+		filepath.Join(s.repo, "inside"):             "lies in the repository",
+		filepath.Join(s.repo, "linked-out"):         "lies in the repository",
+		filepath.Join(dir, "linked-in"):             "lies in the repository",
+		filepath.Join(dir, "repository", "inside"):  "lies in the repository",
+		filepath.Join(dir, "link"):                  "",
+	}
+	if os.Geteuid() == 0 {
+		other := file(filepath.Join(dir, "other"), 0o600)
+		check(os.Chown(other, 1234, 1234))
+		keys[other] = "user 1234"
+	}
+	for key, says := range keys {
+		s.key = key
+		_, stderr, exit := s.run("list")
+		if says == "" && exit != 0 || says != "" && (exit != exitUsage || !strings.Contains(stderr, says)) {
+			t.Errorf("%s: exit code %d, standard error:\n%s", key, exit, stderr)
+		}
+	}
+	// init does not make one there either.
+	s.repo, s.key = filepath.Join(dir, "repository", "new"), filepath.Join(s.repo, "new", "key")
+	if _, stderr, exit := s.run("init"); exit != exitUsage || !strings.Contains(stderr, "lies in the repository") {
+		t.Errorf("init: exit code %d, standard error:\n%s", exit, stderr)
+	}
+}
+
+// TestVerifyWhileImagesAreDeleted has another one delete an image that was to be verified, with all others.
+func TestVerifyWhileImagesAreDeleted(t *testing.T) {
+	verify := func(args ...string) (answer verifyJSON, exit int) {
+		t.Helper()
+		s := family(t)
+		var stdout, stderr bytes.Buffer
+		p := &program{stdout: &stdout, stderr: &stderr, getenv: func(name string) string {
+			return map[string]string{repositoryVariable: s.repo, keyVariable: s.key}[name]
+		}}
+		p.now = func() time.Time { // asked for when an image is begun
+			if repository := s.open(); repository != nil {
+				repository.Delete(t.Context(), "web-3") //nolint:errcheck // the first time
+			}
+			return time.Now()
+		}
+		exit = p.run(t.Context(), append([]string{"verify", "-o", "json"}, args...))
+		if err := json.Unmarshal(stdout.Bytes(), &answer); err != nil {
+			t.Fatalf("%v: %s", err, stderr.String())
+		}
+		return answer, exit
+	}
+	if got, exit := verify(); exit != 0 || !got.OK || len(got.Images) != 5 {
+		t.Errorf("all: exit code %d, %+v", exit, got)
+	}
+	if got, exit := verify("web-1", "web-3"); exit != exitNotFound || got.OK || len(got.Images) != 2 {
+		t.Errorf("one that was named: exit code %d, %+v", exit, got)
 	}
 }
 

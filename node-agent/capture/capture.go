@@ -23,6 +23,17 @@ const (
 	AttributeUUID  = "vm.uuid"
 )
 
+// CheckAttributes refuses attributes in place of those that every image carries: the machine's next image would not find its parent by them, or
+// another machine's would.
+func CheckAttributes(attributes map[string]string) error {
+	for _, name := range []string{AttributeGuest, AttributeUUID} {
+		if _, ok := attributes[name]; ok {
+			return fmt.Errorf("attribute %s says which machine an image is of, and cannot be given", name)
+		}
+	}
+	return nil
+}
+
 // capture is one checkpoint under way.
 type capture struct {
 	target Target
@@ -86,6 +97,9 @@ func Run(ctx context.Context, target Target, repo *image.Repository, o Options) 
 func once(ctx context.Context, target Target, repo *image.Repository, o Options, result *Result) error {
 	c := &capture{target: target, repo: repo, o: o, result: result}
 	if err := image.CheckName(o.Name); err != nil {
+		return err
+	}
+	if err := CheckAttributes(o.Attributes); err != nil {
 		return err
 	}
 	c.report = newReporter(c.o.Progress)

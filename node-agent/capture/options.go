@@ -56,7 +56,7 @@ type Options struct {
 	// Attempts is how often the instant is tried, since devices may come and go and the holder may be killed; default 5.
 	Attempts int
 
-	// Attributes are kept with the image, as they are.
+	// Attributes are kept with the image, as they are. [AttributeGuest] and [AttributeUUID] are not among them.
 	Attributes map[string]string
 
 	// Admit is asked once the machine's session is this checkpoint's own, so that nobody else is at work on the machine; its error ends

@@ -65,6 +65,9 @@ func (c *capture) chooseParent(ctx context.Context) (*image.Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := wrongKey(images); err != nil {
+		return nil, err
+	}
 	var newest, unreadable *image.Summary
 	for i, s := range images {
 		switch {
@@ -84,6 +87,20 @@ func (c *capture) chooseParent(ctx context.Context) (*image.Image, error) {
 		return nil, fmt.Errorf("%w: image %s cannot be read: %v", ErrNoParent, unreadable.Name, unreadable.Err)
 	}
 	return nil, ErrNoParent
+}
+
+// wrongKey refuses a repository all of whose images were written under another key: it is the key that is wrong, and not that there is nothing to
+// build on. A base made under it would look like one of the repository's, and could be restored by nobody who has the right key.
+func wrongKey(images []image.Summary) error {
+	for _, s := range images {
+		if !errors.Is(s.Err, image.ErrWrongKey) {
+			return nil
+		}
+	}
+	if len(images) == 0 {
+		return nil
+	}
+	return fmt.Errorf("all %d images of the repository: %w", len(images), images[0].Err)
 }
 
 func (c *capture) openParent(ctx context.Context, name string) (*image.Image, error) {

@@ -3,6 +3,9 @@ package jobs
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
+	"strings"
 	"syscall"
 
 	"github.com/vmckpt/vmckpt/image"
@@ -36,6 +39,7 @@ const (
 	CodeNoSpace      Code = "no-space"      // the repository's volume is full
 	CodeBusy         Code = "busy"          // somebody else is at work on the VM or the image
 	CodeNotPermitted Code = "not-permitted" // this user may not do it
+	CodeNoAccess     Code = "no-access"     // this user may not read or write a file, or its volume is mounted read-only
 	CodeLost         Code = "lost"          // a restore has begun to write the VM's memory and has not finished: it must not run
 	CodeStopped      Code = "stopped"       // a restore stopped the VM, did not write to it and could not let it go on
 	CodeNotRunning   Code = "not-running"   // a restore is complete, and the VM does not run as it was to
@@ -92,10 +96,25 @@ func CodeOf(err error) Code {
 		return CodeNotFound
 	case as[*KeyError](err) != nil:
 		return CodeKey
+	case ofFile(err):
+		return CodeNoAccess
 	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
 		return CodeNotPermitted
 	}
 	return CodeUnexpected
+}
+
+// ofFile tells the refusal of a file or directory, in a repository or of this host, from that of another process's memory: processes are looked at
+// through /proc, and what is done to them otherwise names no path.
+func ofFile(err error) bool {
+	if errors.Is(err, syscall.EROFS) {
+		return true
+	}
+	if !errors.Is(err, syscall.EACCES) && !errors.Is(err, syscall.EPERM) {
+		return false
+	}
+	path, links := as[*fs.PathError](err), as[*os.LinkError](err)
+	return path != nil && !strings.HasPrefix(path.Path, "/proc/") || links != nil
 }
 
 // refusedCode tells a refusal that will pass from one that will not.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"syscall"
 	"testing"
 
@@ -63,6 +65,11 @@ func TestCodes(t *testing.T) {
 		{&KeyError{errors.New("no line \"secret\"")}, CodeKey},
 		{&KeyError{image.ErrNotFound}, CodeNotFound},
 		{syscall.EPERM, CodeNotPermitted},
+		{&fs.PathError{Op: "open", Path: "/proc/7/mem", Err: syscall.EACCES}, CodeNotPermitted},
+		{&fs.PathError{Op: "openat", Path: "images/base/index", Err: syscall.EACCES}, CodeNoAccess},
+		{&fs.PathError{Op: "mkdir", Path: "/run/vmckpt", Err: syscall.EPERM}, CodeNoAccess},
+		{&os.LinkError{Op: "link", Old: "a", New: "b", Err: syscall.EPERM}, CodeNoAccess},
+		{syscall.EROFS, CodeNoAccess},
 		{&restore.InvalidMemoryError{Err: context.Canceled}, CodeLost},
 		{&restore.InvalidMemoryError{Err: damage}, CodeLost},
 		{&restore.StoppedError{Err: supervise.ErrUnwanted, Why: qemu.ErrMonitorClosed}, CodeStopped},

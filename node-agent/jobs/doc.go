@@ -1,4 +1,5 @@
-// Package jobs holds what is done in worker processes: a capture, a restore, the release of tracking. Whoever wants one done, be
+// Package jobs holds what is done in worker processes: a capture, a restore, the release of tracking; and what
+// is left to do for a machine whose worker died. Whoever wants one done, be
 // it the command line or the agent, gives its request to [supervise.Run] under the job's name, and both tell errors apart by
 // the same codes.
 //

@@ -70,9 +70,9 @@ func (e *KeyError) Unwrap() error { return e.Err }
 
 // Open opens the repository.
 func (r Repository) Open() (*image.Repository, error) {
-	keys, err := image.LoadKeyFile(r.KeyFile)
+	keys, err := r.Keys()
 	if err != nil {
-		return nil, &KeyError{err}
+		return nil, err
 	}
 	return image.OpenRepository(r.Dir, keys)
 }

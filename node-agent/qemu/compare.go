@@ -58,6 +58,9 @@ func Compare(recorded, present Machine) []Difference {
 	c.cpus(recorded.CPUs, present.CPUs)
 	c.features(recorded.Features, present.Features)
 	c.ram(recorded.RAM, present.RAM)
+	if recorded.LowRAM != 0 && present.LowRAM != 0 {
+		c.fatal("RAM below 4 GiB", fmt.Sprintf("%d bytes at most", recorded.LowRAM), fmt.Sprintf("%d bytes at most", present.LowRAM))
+	}
 	c.devices(recorded.Devices, present.Devices)
 	slices.SortStableFunc(c.found, func(a, b Difference) int {
 		return cmp.Compare(rank(a), rank(b))

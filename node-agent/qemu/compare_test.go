@@ -16,6 +16,7 @@ func someMachine() Machine {
 		CPUs:     []CPU{{"Westmere-x86_64-cpu", map[string]int{"socket-id": 0}, true}, {"Westmere-x86_64-cpu", map[string]int{"socket-id": 1}, false}},
 		Features: []FeatureWord{{1, nil, "EDX", 0x0f}, {7, &seven, "EBX", 0}},
 		RAM:      []RAMSize{{"pc.ram", 1 << 20}, {"/rom@etc/acpi/tables", 0x20000}},
+		LowRAM:   4 << 30,
 		Devices: []Device{
 			{"/hpet[0]", "hpet", "", map[string]string{"timers": "3 (0x3)"}},
 			{"/net[0]", "net", "n", map[string]string{"mac": "a", "netdev": "x", "host_mtu": "1500 (0x5dc)"}},
@@ -43,6 +44,8 @@ func TestCompare(t *testing.T) {
 		"a feature new":    {func(m *Machine) { m.Features[1].Bits = 1 }, []string{"CPUID 0x7.0x7 EBX: 0x00000000 in the image, 0x00000001 here"}},
 		"memory size":      {func(m *Machine) { m.RAM[0].Bytes *= 2 }, []string{"!RAM block pc.ram: 1048576 bytes in the image, 2097152 bytes here"}},
 		"table size":       {func(m *Machine) { m.RAM[1].Bytes *= 2 }, []string{"RAM block /rom@etc/acpi/tables: 131072 bytes in the image, 262144 bytes here"}},
+		"memory elsewhere": {func(m *Machine) { m.LowRAM = 1 << 31 }, []string{"!RAM below 4 GiB: 4294967296 bytes at most in the image, 2147483648 bytes at most here"}},
+		"not known where":  {func(m *Machine) { m.LowRAM = 0 }, nil},
 		"a block less":     {func(m *Machine) { m.RAM = m.RAM[:1] }, []string{"!RAM block /rom@etc/acpi/tables: 131072 bytes in the image, missing here"}},
 		"a device less":    {func(m *Machine) { m.Devices = m.Devices[:1] }, []string{`!device /net[0]: net with id "n" in the image, missing here`}},
 		"a device more":    {func(m *Machine) { m.Devices = append(m.Devices, Device{Path: "/x", Type: "x"}) }, []string{"!device /x: x here, nothing in the image"}},

@@ -22,9 +22,14 @@ type Machine struct {
 	CPUs     []CPU         `json:"cpus"`               // every slot, taken or not
 	Features []FeatureWord `json:"features,omitempty"` // CPUID as the guest sees it, x86 only
 
-	RAM      []RAMSize `json:"ram"`
-	Devices  []Device  `json:"devices"`
-	Firmware string    `json:"firmware,omitempty"` // as the command line names it; "" is QEMU's default
+	RAM []RAMSize `json:"ram"`
+
+	// LowRAM is where RAM below 4 GiB ends at the latest, in bytes, and goes on above 4 GiB: the same RAM block lies elsewhere for the guest
+	// then. Machine types of PCs have it; 0 where there is no such thing, or the image is older than this.
+	LowRAM uint64 `json:"lowRAM,omitempty"`
+
+	Devices  []Device `json:"devices"`
+	Firmware string   `json:"firmware,omitempty"` // as the command line names it; "" is QEMU's default
 }
 
 // CPU is a slot for a processor.
@@ -58,7 +63,7 @@ type RAMSize struct {
 // maxCPUs bounds what is believed; QEMU's largest machine type has 4096.
 const maxCPUs = 1 << 16
 
-// Describe asks QEMU what the machine is made of. Seven or eight commands, none of which stops the guest.
+// Describe asks QEMU what the machine is made of. Eight or nine commands, none of which stops the guest.
 func Describe(ctx context.Context, m Monitor, p *Process) (Machine, error) {
 	d := Machine{Guest: p.Guest}
 	for _, part := range []struct {
@@ -103,6 +108,14 @@ func Describe(ctx context.Context, m Monitor, p *Process) (Machine, error) {
 			rows, _, err := parseRAMBlocks(text)
 			for _, r := range rows {
 				d.RAM = append(d.RAM, RAMSize{r.name, roundUp(r.usedBytes)})
+			}
+			return err
+		}},
+		{"place of RAM", func() error {
+			args := map[string]string{"path": "/machine", "property": "max-ram-below-4g"} // QEMU, hw/i386/pc.c
+			err := m.Execute(ctx, "qom-get", args, &d.LowRAM)
+			if asQMPError(err) != nil {
+				return nil // another kind of machine
 			}
 			return err
 		}},

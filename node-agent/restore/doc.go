@@ -19,11 +19,13 @@
 //
 // What must hold:
 //
-//   - A restore that is refused has not touched the machine; one that was stopped for it runs again.
+//   - A restore that is refused has not touched the machine; one that was stopped for it runs again. Before it is stopped a note says so
+//     ([Stop]), by which whoever sees the restore being killed lets the machine go on ([Continue]).
 //   - Before the first byte of memory is written the marker says so, and it is gone only when all memory was seen to be right. However
 //     a restore ends before that, killed included, the machine stands still and is marked ([Invalid]): nothing here
 //     continues it, the next restore finishes it, and whoever else works on machines asks first.
-//   - Only a standing machine is written to. Somebody who resumes it in the middle ends the restore, and the machine is stopped again.
+//   - Only a standing machine is written to. Somebody who resumes it in the middle ends the restore, and the machine is stopped again. Nor
+//     does it go elsewhere: a migration ends the restore, and is cancelled.
 //   - No device may write memory while it is put in: the image's device state, and not the one that is about to vanish, goes with
 //     that memory. Hence the reset before, which needs no system_reset (a machine that is told to end with a reboot would end).
 //   - What the image says is right for every block of RAM, read-only ones too. A page that differs in the end, for whatever reason,

@@ -8,5 +8,5 @@
 // standard input, lets its machine go and removes what it began to write.
 //
 // Nothing has to be done here to bring a machine back that a dead worker was holding: the leash does that by itself (package
-// guard). What a dead worker leaves in a repository is swept later, by those who use the repository.
+// guard). One that a restore had stopped is let go on by whoever asked for that (package jobs). What a dead worker leaves in a repository is swept later, by those who use the repository.
 package supervise
