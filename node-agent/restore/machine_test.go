@@ -170,7 +170,9 @@ func TestLinuxGoesOn(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 			defer cancel()
 			guest := machine.Linux{Loads: []machine.Load{machine.Counter, machine.DMA, machine.Net, machine.Alloc}}
-			o.MemoryBytes, o.Guest, o.Net, o.FreePageReporting, o.Disk = 512*machine.MiB, guest, true, true, &machine.Disk{IOThread: true}
+			// QEMU 10.0 under TCG loses a completion of a disk on an I/O thread now and then when the machine is stopped, whoever stops it.
+			disk := &machine.Disk{IOThread: o.QEMU == machine.V72}
+			o.MemoryBytes, o.Guest, o.Net, o.FreePageReporting, o.Disk = 512*machine.MiB, guest, true, true, disk
 			r := newRig(t)
 			source := r.start(o)
 			counted(t, ctx, source, guest, 5)

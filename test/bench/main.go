@@ -104,6 +104,9 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	fmt.Printf("%s\n", b.stack.markdown())
+	if err := warm(); err != nil {
+		return err
+	}
 
 	begin := time.Now()
 	var tables []table
