@@ -286,6 +286,22 @@ func (r *restore) markInvalid(dir *os.Root) error {
 	return r.o.step(StepMarked)
 }
 
+// A reset that QEMU refuses is tried again so often, after so long.
+const (
+	resetTries = 5
+	resetWait  = 200 * time.Millisecond
+)
+
+// sleep waits, or until ctx ends.
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // reset makes the machine forget what its devices were told.
 func (r *restore) reset(ctx context.Context, v *vehicle) error {
 	defer r.phase("reset")()
@@ -293,8 +309,15 @@ func (r *restore) reset(ctx context.Context, v *vehicle) error {
 	if err != nil {
 		return err
 	}
-	if err := v.load(ctx, r.target.Monitor, state, "reset"); err != nil {
-		return fmt.Errorf("reset the machine: %w", err)
+	// What is loaded is our own and nothing. QEMU refuses it for a moment after a migration was cancelled, while it still tidies up.
+	for try := 1; ; try++ {
+		err := v.load(ctx, r.target.Monitor, state, "reset")
+		if err == nil {
+			break
+		}
+		if refused := new(qemu.LoadError); !errors.As(err, &refused) || try == resetTries || sleep(ctx, resetWait) != nil {
+			return fmt.Errorf("reset the machine: %w", err)
+		}
 	}
 	if err := v.closeLeftovers(ctx); err != nil {
 		r.result.Warnings = append(r.result.Warnings, err.Error())
