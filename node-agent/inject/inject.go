@@ -68,11 +68,22 @@ func CloseFD(ctx context.Context, pid int, file RemoteFile) error {
 	return err
 }
 
+// A thread that is traced is asked for again for so long, so often.
+const (
+	tracedWait = 3 * time.Second
+	tracedPoll = 50 * time.Millisecond
+)
+
 // Do executes a program in process pid, in one stop of its main thread. It waits for that thread to be in ppoll until the
 // context's deadline, five seconds at most ([ErrBusy]); when the context is cancelled the helper is killed, and a file may
 // stay open in the process.
 func Do(ctx context.Context, pid int, program Program) (Report, error) {
 	answer, err := runHelper(ctx, request{PID: pid, Program: program})
+	// The helper of somebody who was killed comes to its end by itself, in milliseconds.
+	for until := time.Now().Add(tracedWait); errors.Is(err, ErrTraced) && time.Now().Before(until) && ctx.Err() == nil; {
+		time.Sleep(tracedPoll)
+		answer, err = runHelper(ctx, request{PID: pid, Program: program})
+	}
 	if err != nil {
 		return Report{}, fmt.Errorf("inject %v into process %d: %w", program, pid, err)
 	}
