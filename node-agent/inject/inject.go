@@ -80,7 +80,11 @@ const (
 func Do(ctx context.Context, pid int, program Program) (Report, error) {
 	answer, err := runHelper(ctx, request{PID: pid, Program: program})
 	// The helper of somebody who was killed comes to its end by itself, in milliseconds.
-	for until := time.Now().Add(tracedWait); errors.Is(err, ErrTraced) && time.Now().Before(until) && ctx.Err() == nil; {
+	until := time.Now().Add(tracedWait)
+	if deadline, ok := ctx.Deadline(); ok && deadline.Before(until) {
+		until = deadline.Add(-stopBound) // with time left for one that succeeds
+	}
+	for errors.Is(err, ErrTraced) && time.Now().Before(until) && ctx.Err() == nil {
 		time.Sleep(tracedPoll)
 		answer, err = runHelper(ctx, request{PID: pid, Program: program})
 	}
