@@ -62,31 +62,6 @@ func writeNew(path string, content []byte) (err error) {
 	return f.Sync()
 }
 
-// LoadKeyFile reads a file that [NewKeyFile] wrote. A file that others than its owner can read is refused.
-func LoadKeyFile(path string) (Keys, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return Keys{}, fmt.Errorf("open key file: %w", notFoundWith(err))
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return Keys{}, fmt.Errorf("key file %s: %w", path, err)
-	}
-	if mode := info.Mode(); mode.Perm()&0o077 != 0 {
-		return Keys{}, fmt.Errorf("key file %s can be read by others (mode %v): chmod 600 it", path, mode.Perm())
-	}
-	text, err := io.ReadAll(io.LimitReader(f, keyFileLimit+1))
-	if err != nil {
-		return Keys{}, fmt.Errorf("read key file %s: %w", path, err)
-	}
-	keys, err := ParseKeys(text)
-	if err != nil {
-		return Keys{}, fmt.Errorf("key file %s: %w", path, err)
-	}
-	return keys, nil
-}
-
 // notFoundWith keeps the system's message, and lets callers find ErrNotFound in it.
 func notFoundWith(err error) error {
 	if notFound(err) == ErrNotFound {

@@ -12,6 +12,7 @@ import (
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/image/pageset"
 	"github.com/vmckpt/vmckpt/node-agent/capture"
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
 )
 
 // mainVariable makes the test binary the program itself, so that tests start the same binary that users have.
@@ -91,7 +92,7 @@ func runJSON[T any](s *shell, wantExit int, args ...string) T {
 // open opens the repository.
 func (s *shell) open() *image.Repository {
 	s.t.Helper()
-	keys, err := image.LoadKeyFile(s.key)
+	keys, err := jobs.Repository{Dir: s.repo, KeyFile: s.key}.Keys()
 	if err != nil {
 		s.t.Fatal(err)
 	}

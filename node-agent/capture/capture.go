@@ -206,7 +206,9 @@ func (c *capture) prepareLeash(ctx context.Context) (err error) {
 					return fmt.Errorf("the device sections of the session record: %w", err)
 				}
 			}
-			return c.session.SetLeash(&dirty.Leash{Pipe: c.pipe})
+			inUse := *old
+			inUse.Idle = false
+			return c.session.SetLeash(&inUse)
 		}
 	}
 	if c.pipe, err = inject.NewPipe(ctx, pid); err != nil {
@@ -266,14 +268,11 @@ func (c *capture) again(ctx context.Context, failed error) error {
 	if err := c.sameMemory(ctx); err != nil {
 		return err
 	}
-	machine, blocks, err := c.describe(ctx)
-	if err != nil {
+	var err error
+	// Devices may come and go between two attempts, but not within one.
+	if c.machine, err = c.describeAgain(ctx); err != nil {
 		return err
 	}
-	if !slices.Equal(blocks, c.blocks) {
-		return fmt.Errorf("%w: what can be told of its RAM blocks is not what could be at the beginning", errChanged)
-	}
-	c.machine = machine // devices may come and go between two attempts, but not within one
 	left, err := c.dirtyNow(ctx)
 	if err != nil {
 		return err
@@ -297,7 +296,7 @@ func passing(err error) bool {
 // sameMachine makes sure that the machine is the one that the checkpoint describes, its devices above all: one that was plugged in or out
 // would be in the device state and not in the description, or the other way round, and one that cannot be captured would go unseen.
 func (c *capture) sameMachine(ctx context.Context) error {
-	machine, blocks, err := c.describe(ctx)
+	machine, err := c.describeAgain(ctx)
 	if err != nil {
 		return err
 	}
@@ -306,10 +305,16 @@ func (c *capture) sameMachine(ctx context.Context) error {
 			return fmt.Errorf("%w: %v", errChanged, d)
 		}
 	}
-	if !slices.Equal(blocks, c.blocks) {
-		return fmt.Errorf("%w: what can be told of its RAM blocks is not what could be at the beginning", errChanged)
-	}
 	return nil
+}
+
+// describeAgain is describe in the course of a checkpoint: what can be told of the RAM blocks has to be what it was in the beginning.
+func (c *capture) describeAgain(ctx context.Context) (qemu.Machine, error) {
+	machine, blocks, err := c.describe(ctx)
+	if err == nil && !slices.Equal(blocks, c.blocks) {
+		err = fmt.Errorf("%w: what can be told of its RAM blocks is not what could be at the beginning", errChanged)
+	}
+	return machine, err
 }
 
 // sameMemory makes sure that the machine's RAM blocks are those that the checkpoint began with.
@@ -388,7 +393,9 @@ func (c *capture) close() {
 	}
 	if c.session != nil {
 		if leash := c.session.Leash(); leash != nil && leash.Pipe == c.pipe && !leash.Idle && !c.unanswered {
-			c.session.SetLeash(&dirty.Leash{Pipe: c.pipe, Idle: true}) //nolint:errcheck // the next one makes another
+			idle := *leash
+			idle.Idle = true
+			c.session.SetLeash(&idle) //nolint:errcheck // the next one makes another
 		}
 		c.session.Close() //nolint:errcheck // the record was written where it counts
 	}
