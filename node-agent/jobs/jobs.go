@@ -4,8 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
 	"time"
 
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/node-agent/supervise"
 )
 
@@ -49,7 +51,13 @@ type Handlers[Progress any] struct {
 
 // do has a job done in a worker.
 func do[Result, Progress any](ctx context.Context, name string, request any, h Handlers[Progress]) (*Result, error) {
-	options := supervise.Options{Started: h.Started}
+	// Held here as well, so that the connection does not end with a worker that is killed: see [qemu.Settle].
+	socket, err := qemu.NewSocket()
+	if err != nil {
+		return nil, err
+	}
+	defer qemu.Settle(socket)
+	options := supervise.Options{Started: h.Started, Files: []*os.File{socket}}
 	if h.Progress != nil {
 		options.Progress = func(raw json.RawMessage) {
 			var p Progress

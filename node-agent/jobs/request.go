@@ -7,6 +7,7 @@ import (
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
+	"github.com/vmckpt/vmckpt/node-agent/supervise"
 )
 
 // VM says which machine is meant and how to reach its monitor.
@@ -46,7 +47,11 @@ func (v VM) open(ctx context.Context) (*qemu.Process, qemu.Monitor, error) {
 	// A plain socket serves one client at a time, and another's greeting never comes.
 	dialing, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	m, err := qemu.DialProcess(dialing, p, qemu.DialOptions{QMPSocket: v.QMPSocket, LibvirtSocket: v.LibvirtSocket})
+	options := qemu.DialOptions{QMPSocket: v.QMPSocket, LibvirtSocket: v.LibvirtSocket}
+	if files := supervise.Files(ctx); len(files) != 0 {
+		options.Socket = files[0]
+	}
+	m, err := qemu.DialProcess(dialing, p, options)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			return nil, nil, cause

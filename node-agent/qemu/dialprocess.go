@@ -25,14 +25,22 @@ var libvirtSockets = []string{
 type DialOptions struct {
 	LibvirtSocket string // path on this machine
 	QMPSocket     string // path on this machine
+
+	// Socket, of [NewSocket], is what a plain QMP socket is dialled by, where a supervisor holds it too. DialProcess takes it over.
+	Socket *os.File
 }
 
 // DialProcess connects to the monitor of p: through libvirt where libvirt started it, else by a QMP socket of its own. The
 // sockets are looked for beneath the root of the process. That the monitor is that of p is made sure of.
 func DialProcess(ctx context.Context, p *Process, opts DialOptions) (Monitor, error) {
+	dialUnix := DialUnix
+	if opts.Socket != nil {
+		defer opts.Socket.Close()
+		dialUnix = opts.dialOnce
+	}
 	switch {
 	case opts.QMPSocket != "":
-		m, err := DialUnix(ctx, opts.QMPSocket)
+		m, err := dialUnix(ctx, opts.QMPSocket)
 		return p.confirm(ctx, m, err)
 	case opts.LibvirtSocket != "":
 		m, err := DialLibvirt(ctx, opts.LibvirtSocket, p.Guest)
@@ -55,13 +63,29 @@ func DialProcess(ctx context.Context, p *Process, opts DialOptions) (Monitor, er
 			return m, nil
 		}
 	}
-	if m := try(p.QMPPaths, DialUnix); m != nil {
+	if m := try(p.QMPPaths, dialUnix); m != nil {
 		return m, nil
 	}
 	if len(errs) == 0 {
 		return nil, fmt.Errorf("qemu %v has no monitor to connect to: neither libvirt's nor -qmp unix:PATH", p)
 	}
 	return nil, fmt.Errorf("reach the monitor of qemu %v: %w", p, errors.Join(errs...))
+}
+
+// dialOnce dials by the socket given, and by one of its own once that has been connected: it turned out to be another machine's.
+func (o *DialOptions) dialOnce(ctx context.Context, path string) (Monitor, error) {
+	if wasConnected(o.Socket) {
+		return DialUnix(ctx, path)
+	}
+	own := -1
+	err := control(o.Socket, func(fd int) (err error) {
+		own, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("duplicate the monitor's socket: %w", err)
+	}
+	return DialOn(ctx, os.NewFile(uintptr(own), o.Socket.Name()), path)
 }
 
 // dialBeneath opens a socket by its path in the file system of the process and dials it. The path is resolved beneath the

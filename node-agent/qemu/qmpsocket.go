@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"time"
 )
@@ -102,18 +103,29 @@ type socketMonitor struct {
 
 	write chan struct{} // holds one token: who has it may write
 
-	mu      sync.Mutex
-	next    uint64 // id of the next command
-	waiting map[uint64]chan *qmpMessage
-	err     error         // what ended the connection
-	done    chan struct{} // closed when err is set
+	mu         sync.Mutex
+	next       uint64 // id of the next command
+	waiting    map[uint64]chan *qmpMessage
+	unanswered map[uint64]struct{} // sent, whether somebody still waits for the answer or not
+	err        error               // what ended the connection
+	done       chan struct{}       // closed when err is set
+	settled    chan struct{}       // made by Close; closed when nothing is unanswered
 }
 
 // DialUnix connects to a QMP socket by its path on this machine. QEMU serves one client at a time on such a socket: where
 // another is connected the greeting does not come, and ctx should have a deadline.
 func DialUnix(ctx context.Context, path string) (Monitor, error) {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", path)
+	socket, err := NewSocket()
+	if err != nil {
+		return nil, err
+	}
+	return DialOn(ctx, socket, path)
+}
+
+// DialOn is DialUnix by a socket of [NewSocket], which it takes over.
+func DialOn(ctx context.Context, socket *os.File, path string) (Monitor, error) {
+	defer socket.Close()
+	conn, err := connect(ctx, socket, path)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the QMP socket %s: %w", path, err)
 	}
@@ -129,11 +141,12 @@ func DialUnix(ctx context.Context, path string) (Monitor, error) {
 // newSocketMonitor takes conn over, waits for the greeting and leaves negotiation mode. firstID is that of its first command.
 func newSocketMonitor(ctx context.Context, conn net.Conn, firstID uint64) (*socketMonitor, error) {
 	m := &socketMonitor{
-		conn:    conn,
-		next:    firstID,
-		write:   make(chan struct{}, 1),
-		waiting: make(map[uint64]chan *qmpMessage),
-		done:    make(chan struct{}),
+		conn:       conn,
+		next:       firstID,
+		write:      make(chan struct{}, 1),
+		waiting:    make(map[uint64]chan *qmpMessage),
+		unanswered: make(map[uint64]struct{}),
+		done:       make(chan struct{}),
 	}
 	m.write <- struct{}{}
 	greeted := make(chan struct{})
@@ -149,7 +162,7 @@ func newSocketMonitor(ctx context.Context, conn net.Conn, firstID uint64) (*sock
 	}
 	// Out-of-band execution is not asked for: QEMU then answers in order and reads no further than one command ahead.
 	if err := m.Execute(ctx, "qmp_capabilities", nil, nil); err != nil {
-		m.fail(err)
+		m.Close()
 		return nil, err
 	}
 	return m, nil
@@ -213,6 +226,11 @@ func (m *socketMonitor) deliver(msg *qmpMessage) error {
 		delete(m.waiting, id)
 		c <- msg // buffered
 	}
+	delete(m.unanswered, id)
+	if m.settled != nil && len(m.unanswered) == 0 {
+		close(m.settled)
+		m.settled = nil
+	}
 	return nil
 }
 
@@ -233,7 +251,7 @@ func (m *socketMonitor) Execute(ctx context.Context, command string, args, resul
 	if err != nil {
 		return fmt.Errorf("encode the arguments of %s: %w", command, err)
 	}
-	if err := m.send(ctx, append(line, '\n')); err != nil {
+	if err := m.send(ctx, id, append(line, '\n')); err != nil {
 		return fmt.Errorf("send %s: %w", command, err)
 	}
 	select {
@@ -252,7 +270,7 @@ func (m *socketMonitor) Execute(ctx context.Context, command string, args, resul
 }
 
 // send writes one command whole. If ctx ends in the middle of it the connection is of no further use and is ended.
-func (m *socketMonitor) send(ctx context.Context, line []byte) error {
+func (m *socketMonitor) send(ctx context.Context, id uint64, line []byte) error {
 	select {
 	case <-m.write:
 	case <-ctx.Done():
@@ -262,6 +280,9 @@ func (m *socketMonitor) send(ctx context.Context, line []byte) error {
 	}
 	defer func() { m.write <- struct{}{} }()
 
+	m.mu.Lock()
+	m.unanswered[id] = struct{}{}
+	m.mu.Unlock()
 	expired := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		m.conn.SetWriteDeadline(time.Unix(1, 0))
@@ -276,6 +297,9 @@ func (m *socketMonitor) send(ctx context.Context, line []byte) error {
 	case err == nil:
 		return nil
 	case n == 0 && ctx.Err() != nil:
+		m.mu.Lock()
+		delete(m.unanswered, id)
+		m.mu.Unlock()
 		return ctx.Err()
 	}
 	m.fail(fmt.Errorf("write to the monitor: %w", err))
@@ -284,7 +308,22 @@ func (m *socketMonitor) send(ctx context.Context, line []byte) error {
 
 func (m *socketMonitor) Subscribe(events ...string) *Subscription { return m.hub.subscribe(events) }
 
+// Close waits a while for answers that nobody waits for any more: see [Settle].
 func (m *socketMonitor) Close() error {
+	settled := make(chan struct{})
+	m.mu.Lock()
+	wait := len(m.unanswered) != 0 && m.settled == nil
+	if wait {
+		m.settled = settled
+	}
+	m.mu.Unlock()
+	if wait {
+		select {
+		case <-settled:
+		case <-m.done:
+		case <-time.After(settleBound):
+		}
+	}
 	m.fail(ErrMonitorClosed)
 	return nil
 }
@@ -299,6 +338,11 @@ func (m *socketMonitor) fail(err error) {
 	}
 	m.mu.Unlock()
 	if first {
+		// Others may hold the socket too, whose duty is to see to the end of a process that was killed.
+		if c, ok := m.conn.(*net.UnixConn); ok {
+			c.CloseWrite() //nolint:errcheck // closed next
+			c.CloseRead()  //nolint:errcheck // the same
+		}
 		m.conn.Close()
 		m.hub.end(err)
 	}

@@ -8,6 +8,12 @@ import (
 // jobVariable marks a process as a worker; its value is the job's name.
 const jobVariable = "VMCKPT_WORKER_JOB"
 
+// filesVariable says how many files the worker was given; they are its descriptors from firstFile on (os/exec, Cmd.ExtraFiles).
+const (
+	filesVariable = "VMCKPT_WORKER_FILES"
+	firstFile     = 3
+)
+
 // The worker reads one JSON value, the request, from its standard input, which then stays open: its end means that nobody wants
 // the work any more. It writes one report a line to its standard output.
 

@@ -59,6 +59,17 @@ func TestMain(m *testing.M) {
 			}
 			return nil, context.Cause(ctx)
 		},
+		"files": func(ctx context.Context, _ json.RawMessage, _ func(any)) (any, error) {
+			files := Files(ctx)
+			if len(files) != 1 {
+				return nil, fmt.Errorf("%d files", len(files))
+			}
+			if _, err := files[0].WriteString("mine"); err != nil {
+				return nil, err
+			}
+			out, err := exec.Command("ls", "-l", "/proc/self/fd").Output()
+			return string(out), err
+		},
 		"stubborn": func(_ context.Context, _ json.RawMessage, progress func(any)) (any, error) {
 			progress("waiting")
 			select {}
@@ -112,6 +123,25 @@ func TestLongReports(t *testing.T) {
 	var died *DiedError
 	if !errors.As(err, &died) || !strings.Contains(died.How, "too long") {
 		t.Errorf("a report of twice the bound: %.200v", err)
+	}
+}
+
+// TestFiles that the supervisor gives a worker are its own, and not its children's.
+func TestFiles(t *testing.T) {
+	f, err := os.Create(t.TempDir() + "/given")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var children string
+	if err := Run(t.Context(), "files", nil, &children, Options{Files: []*os.File{f}}); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(children, f.Name()) {
+		t.Errorf("a child of the worker has it open:\n%s", children)
+	}
+	if text, err := os.ReadFile(f.Name()); err != nil || string(text) != "mine" {
+		t.Errorf("the file has %q: %v", text, err)
 	}
 }
 

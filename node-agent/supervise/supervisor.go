@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"time"
 
@@ -23,6 +24,10 @@ type Options struct {
 
 	// Grace is how long a worker that was asked to end may take before it is killed; zero means DefaultGrace.
 	Grace time.Duration
+
+	// Files are for the worker, which has them by [Files]. They stay the caller's: what a worker that is killed has open is closed, and
+	// these are not.
+	Files []*os.File
 
 	// Env is added to the worker's environment.
 	Env []string
@@ -43,7 +48,8 @@ func Run(ctx context.Context, job string, request, result any, o Options) error 
 		o.Grace = DefaultGrace
 	}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(append(os.Environ(), o.Env...), jobVariable+"="+job)
+	cmd.Env = append(append(os.Environ(), o.Env...), jobVariable+"="+job, filesVariable+"="+strconv.Itoa(len(o.Files)))
+	cmd.ExtraFiles = o.Files
 	// A signal from a terminal is for the supervisor, which then asks the worker in its own way.
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	var words tail

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -31,6 +32,18 @@ func bounded(text string) string {
 // JSON.
 type Job func(ctx context.Context, request json.RawMessage, progress func(any)) (result any, err error)
 
+type filesKey struct{}
+
+// Files returns the files that the supervisor gave a job, which may close them: ctx is the job's. Called once.
+func Files(ctx context.Context) []*os.File {
+	n, _ := ctx.Value(filesKey{}).(int)
+	var files []*os.File
+	for i := range n {
+		files = append(files, os.NewFile(uintptr(firstFile+i), fmt.Sprintf("file %d of the supervisor", i)))
+	}
+	return files
+}
+
 // Main does a job if this process was started as a worker, and does not return then. It must be called early in main. code names
 // the error that a job ended with, for [JobError.Code].
 func Main(jobs map[string]Job, code func(error) string) {
@@ -44,7 +57,12 @@ func Main(jobs map[string]Job, code func(error) string) {
 		fmt.Fprintf(os.Stderr, "there is no job %q\n", name)
 		os.Exit(2)
 	}
-	ctx, cancel := context.WithCancelCause(context.Background())
+	given, _ := strconv.Atoi(os.Getenv(filesVariable)) // none where there is no number
+	os.Unsetenv(filesVariable)
+	for i := range given {
+		unix.CloseOnExec(firstFile + i) // they are the worker's, not its children's
+	}
+	ctx, cancel := context.WithCancelCause(context.WithValue(context.Background(), filesKey{}, given))
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	go func() {

@@ -16,6 +16,6 @@ func TestMain(m *testing.M) {
 	guard.Main()
 	inject.Main()
 	mapFile()
-	supervise.Main(map[string]supervise.Job{"doomed capture": doomedCapture}, func(error) string { return "" })
+	supervise.Main(map[string]supervise.Job{"doomed capture": doomedCapture, "doomed question": doomedQuestion}, func(error) string { return "" })
 	os.Exit(m.Run())
 }

@@ -17,7 +17,6 @@ import (
 	"github.com/vmckpt/vmckpt/node-agent/capture"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/node-agent/supervise"
-	"github.com/vmckpt/vmckpt/test/machine"
 	"github.com/vmckpt/vmckpt/test/truth"
 )
 
@@ -51,8 +50,7 @@ func doomedCapture(ctx context.Context, request json.RawMessage, progress func(a
 	if err != nil {
 		return nil, err
 	}
-	m := machine.Machine{PID: r.PID, Socket: r.Socket, Domain: r.Domain}
-	monitor, err := m.Dial(ctx)
+	monitor, err := dial(ctx, r)
 	if err != nil {
 		return nil, err
 	}
@@ -75,6 +73,16 @@ func doomedCapture(ctx context.Context, request json.RawMessage, progress func(a
 	return capture.Run(ctx, capture.Target{Process: process, Monitor: monitor}, repository, r.Options)
 }
 
+// dial connects as package jobs does: by the socket that the supervisor holds too.
+func dial(ctx context.Context, r doomed) (qemu.Monitor, error) {
+	socket := supervise.Files(ctx)[0]
+	if r.Domain == "" {
+		return qemu.DialOn(ctx, socket, r.Socket)
+	}
+	socket.Close()
+	return qemu.DialLibvirt(ctx, r.Socket, r.Domain)
+}
+
 // doom has a checkpoint taken by a worker that will not end well. The machine's monitor is the worker's meanwhile.
 func doom(t *testing.T, b *truth.Bench, request doomed, o supervise.Options) error {
 	t.Helper()
@@ -85,6 +93,12 @@ func doom(t *testing.T, b *truth.Bench, request doomed, o supervise.Options) err
 	request.PID, request.Socket, request.Domain, request.Repository = b.Machine.PID, b.Machine.Socket, b.Machine.Domain, b.Dir
 	request.Options.Hooks = capture.Hooks{}
 	o.Grace = time.Second
+	socket, err := qemu.NewSocket()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer qemu.Settle(socket)
+	o.Files = []*os.File{socket}
 	return supervise.Run(ctx, "doomed capture", request, nil, o)
 }
 
