@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
 	"github.com/vmckpt/vmckpt/node-agent/guard"
@@ -194,22 +196,31 @@ func (c *capture) checkMigration(ctx context.Context) error {
 // prepareLeash makes the pipe inside QEMU, or finds the one of the last checkpoint.
 func (c *capture) prepareLeash(ctx context.Context) (err error) {
 	pid := c.target.Process.PID
-	if old := c.session.Leash(); old != nil {
-		// After a checkpoint that was killed, a command of then may still wait in libvirt. It must not find a reader; nor may its
-		// descriptor's number become another file's, a disk's perhaps, which that command would open and overwrite. So such a pipe stays as
-		// it is: who writes to it gets EPIPE. After any other, nothing can be on its way into it.
-		if old.Idle && old.Pipe.Check(pid) == nil {
-			c.pipe = old.Pipe
-			if len(old.Sections) != 0 { // else nobody has seen a device state since: a barrier will
-				c.streamBytes = uint64(old.StreamBytes)
-				if err := json.Unmarshal(old.Sections, &c.sections); err != nil {
-					return fmt.Errorf("the device sections of the session record: %w", err)
-				}
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
+		return fmt.Errorf("read the clock: %w", err)
+	}
+	// After a checkpoint that was killed, a command of then may still wait in libvirt, and must not find a reader. After any other, nothing
+	// can be on its way into the pipe.
+	old := c.session.Leash()
+	var abandoned *inject.RemoteFile
+	if old != nil && !old.Idle {
+		abandoned = &old.Pipe
+	}
+	if err := c.session.AbandonPipe(ctx, abandoned, time.Duration(now.Nano())); err != nil {
+		return err
+	}
+	if old != nil && old.Idle && old.Pipe.Check(pid) == nil {
+		c.pipe = old.Pipe
+		if len(old.Sections) != 0 { // else nobody has seen a device state since: a barrier will
+			c.streamBytes = uint64(old.StreamBytes)
+			if err := json.Unmarshal(old.Sections, &c.sections); err != nil {
+				return fmt.Errorf("the device sections of the session record: %w", err)
 			}
-			inUse := *old
-			inUse.Idle = false
-			return c.session.SetLeash(&inUse)
 		}
+		inUse := *old
+		inUse.Idle = false
+		return c.session.SetLeash(&inUse)
 	}
 	if c.pipe, err = inject.NewPipe(ctx, pid); err != nil {
 		return fmt.Errorf("make the leash's pipe: %w", err)

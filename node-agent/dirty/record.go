@@ -29,6 +29,7 @@ type Record struct {
 	Userfaultfd inject.RemoteFile `json:"userfaultfd,omitzero"`
 	Tracked     []string          `json:"tracked,omitempty"` // names of the blocks that are registered with it
 	Leash       *Leash            `json:"leash,omitempty"`
+	Abandoned   []AbandonedPipe   `json:"abandoned,omitempty"`
 }
 
 // Image names the image that tracking counts from.
@@ -44,6 +45,18 @@ type Leash struct {
 	StreamBytes int64             `json:"streamBytes"`    // length of the device state
 	Sections    json.RawMessage   `json:"sections,omitempty"`
 }
+
+// AbandonedPipe is the leash's pipe of a capture that was killed. Its command may still be on its way to QEMU, which opens the pipe by its
+// number: that must not become another file's, a disk's perhaps, which the command would overwrite. So the pipe stays open for a while, with
+// no reader: who writes to it gets EPIPE.
+type AbandonedPipe struct {
+	Pipe  inject.RemoteFile `json:"pipe"`
+	Since time.Duration     `json:"sinceBootNanoseconds"` // CLOCK_BOOTTIME
+}
+
+// abandonedFor is how long such a pipe is kept. libvirt lets a command wait for half a minute (QEMU_JOB_WAIT_TIME in its qemu_domainjob.h),
+// and one that QEMU has is over when QEMU answers another.
+const abandonedFor = 2 * time.Minute
 
 const (
 	recordVersion = 1

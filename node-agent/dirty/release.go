@@ -53,8 +53,7 @@ func Release(ctx context.Context, p Process, recordDir string) (err error) {
 	for _, file := range present {
 		failed = append(failed, takeOut(ctx, p.PID, file))
 	}
-	// After a capture that was killed, its command may still be on its way to QEMU, which opens the pipe by its number. That must not become
-	// another file's: the pipe stays, and costs a descriptor.
+	// That of a capture that was killed stays, and costs a descriptor: see [AbandonedPipe].
 	if readErr == nil && old.Leash != nil && old.Leash.Idle && old.Leash.Pipe.Link != "" {
 		failed = append(failed, closeRemote(ctx, p.PID, old.Leash.Pipe))
 	}

@@ -394,6 +394,25 @@ func (s *Session) SetLeash(l *Leash) error {
 	return s.write(s.record.Valid, s.record.Reason)
 }
 
+// AbandonPipe keeps the pipe of an earlier capture whose command may still come, and closes those of long ago. The machine's monitor must have
+// answered since the session was opened. now is the time since boot.
+func (s *Session) AbandonPipe(ctx context.Context, pipe *inject.RemoteFile, now time.Duration) error {
+	var kept []AbandonedPipe
+	for _, a := range s.record.Abandoned {
+		if now-a.Since < abandonedFor {
+			kept = append(kept, a)
+		} else if err := closeRemote(ctx, s.process.PID, a.Pipe); err != nil {
+			return fmt.Errorf("close the pipe of a capture that was killed: %w", err)
+		}
+	}
+	if pipe != nil {
+		kept = append(kept, AbandonedPipe{*pipe, now})
+		s.record.Leash = nil
+	}
+	s.record.Abandoned = kept // on the disk with the next write
+	return nil
+}
+
 // Invalidate makes the record invalid, and returns when it is so on the disk. Every call that re-arms does this by
 // itself; called before a standstill it keeps the writing out of it.
 func (s *Session) Invalidate(context.Context) error {

@@ -371,6 +371,38 @@ func TestOneSessionAtATime(t *testing.T) {
 	c.open(dir)
 }
 
+// TestAbandonedPipes stay open for a while and no longer, over any number of captures that were killed.
+func TestAbandonedPipes(t *testing.T) {
+	c := startChild(t, area{Name: "ram", Pages: 1, Touch: true})
+	dir := t.TempDir()
+	var pipes []inject.RemoteFile
+	for i := range 4 {
+		s := c.open(dir)
+		var killed *inject.RemoteFile
+		if l := s.Leash(); l != nil {
+			killed = &l.Pipe
+		}
+		if err := s.AbandonPipe(t.Context(), killed, time.Duration(i)*abandonedFor*2/3); err != nil {
+			t.Fatal(err)
+		}
+		pipe, err := inject.NewPipe(t.Context(), c.pid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.SetLeash(&Leash{Pipe: pipe}); err != nil {
+			t.Fatal(err)
+		}
+		s.Close()
+		pipes = append(pipes, pipe)
+	}
+	// The first was abandoned at two thirds of the time and looked at when two thirds, and four, had passed since.
+	for i, open := range []bool{false, true, true, true} {
+		if err := pipes[i].Check(c.pid()); (err == nil) != open {
+			t.Errorf("pipe %d: want open %v, got %v", i, open, err)
+		}
+	}
+}
+
 func TestRelease(t *testing.T) {
 	c := startChild(t, area{Name: "ram", Pages: 20000, Touch: true}, area{Name: "shm", Pages: 600, Shared: true, Touch: true})
 	dir := t.TempDir()
