@@ -38,11 +38,20 @@ build: ## bin/vmckpt, and every test's binary in bin/test
 	@mkdir -p bin/test
 	go test -c -o bin/test/ ./...
 
+.PHONY: generate
+generate: ## What is made from the API's types: deep copies, CRDs
+	go tool controller-gen object crd paths=./api/... output:crd:dir=config/crd/bases
+
 .PHONY: check
 check: ## Formatting, vet, staticcheck, and vet for arm64
 	@hack/setup build
 	@unformatted=$$(gofmt -l $$(go list -f '{{.Dir}}' ./...)); \
 	if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi
+	@rm -rf $(CACHE)/generated && mkdir -p $(CACHE)/generated
+	@go tool controller-gen object crd paths=./api/... output:crd:dir=$(CACHE)/generated output:object:dir=$(CACHE)/generated
+	@diff -r config/crd/bases $(CACHE)/generated --exclude zz_generated.deepcopy.go && \
+	diff api/v1alpha1/zz_generated.deepcopy.go $(CACHE)/generated/zz_generated.deepcopy.go || \
+	{ echo "not up to date: make generate"; exit 1; }
 	go vet ./...
 	GOARCH=arm64 go vet ./...
 	go tool staticcheck ./...
