@@ -320,6 +320,7 @@ type VMCheckpointStatus struct {
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
 // +kubebuilder:resource:shortName=vmckpt;vmckpts,categories=kubevirt
+// +kubebuilder:selectablefield:JSONPath=".status.nodeName"
 // +kubebuilder:printcolumn:name="VM",type=string,JSONPath=".spec.source.name"
 // +kubebuilder:printcolumn:name="Phase",type=string,JSONPath=".status.phase"
 // +kubebuilder:printcolumn:name="Size",type=string,JSONPath=".status.size"

@@ -171,6 +171,7 @@ type VMRestoreStatus struct {
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
 // +kubebuilder:resource:shortName=vmrest,categories=kubevirt
+// +kubebuilder:selectablefield:JSONPath=".status.nodeName"
 // +kubebuilder:printcolumn:name="VM",type=string,JSONPath=".spec.target.name"
 // +kubebuilder:printcolumn:name="Phase",type=string,JSONPath=".status.phase"
 // +kubebuilder:printcolumn:name="Image",type=string,JSONPath=".status.image.image"

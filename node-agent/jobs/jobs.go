@@ -17,6 +17,8 @@ const (
 	nameRestore  = "restore"
 	nameContinue = "continue"
 	nameRelease  = "release"
+	nameImage    = "image"
+	nameDelete   = "delete"
 )
 
 // dialTimeout bounds how long a monitor may take to answer.
@@ -29,6 +31,8 @@ func All() map[string]supervise.Job {
 		nameRestore:  job(runRestore),
 		nameContinue: job(runContinue),
 		nameRelease:  job(runRelease),
+		nameImage:    job(runImage),
+		nameDelete:   job(runDelete),
 	}
 }
 
