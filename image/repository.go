@@ -11,7 +11,6 @@ import (
 	"os"
 	"slices"
 	"syscall"
-	"time"
 )
 
 // What is in a repository's directory.
@@ -24,6 +23,9 @@ const (
 	// In a writer's temporary directory: the file whose lock says that the writer lives, and what becomes the image.
 	aliveName = "alive"
 	stageName = "image"
+
+	// unfinishedName is what repository.json is called until it is whole.
+	unfinishedName = temporaryDir + "/" + repositoryName
 )
 
 // Repository is a directory of images, opened with keys. Safe for concurrent use, here and by other processes.
@@ -79,14 +81,13 @@ func initRepository(dir string, random io.Reader) error {
 		return err
 	}
 	d := rootDisk{root}
-	const unfinished = temporaryDir + "/" + repositoryName
-	if err := gone(d.remove(unfinished)); err != nil {
+	if err := gone(d.remove(unfinishedName)); err != nil {
 		return err
 	}
-	if err := writeFile(d, unfinished, append(text, '\n')); err != nil {
+	if err := writeFile(d, unfinishedName, append(text, '\n')); err != nil {
 		return err
 	}
-	if err := d.rename(unfinished, repositoryName); err != nil {
+	if err := d.rename(unfinishedName, repositoryName); err != nil {
 		return err
 	}
 	return d.syncDir(".")
@@ -379,79 +380,4 @@ func (r *Repository) removeTemporary(dir string, alive *os.File) error {
 	}
 	alive.Close()
 	return r.disk.removeAll(dir)
-}
-
-// Sweep removes what writers left behind that were killed, if it is at least so old, and returns what it removed. What
-// belongs to a writer that lives is never touched, however old; nor is what cannot be told, which is an error, once all else
-// is removed.
-func (r *Repository) Sweep(ctx context.Context, olderThan time.Duration) ([]string, error) {
-	removed, err := r.sweep(ctx, time.Now().Add(-olderThan))
-	if err != nil {
-		return removed, fmt.Errorf("sweep repository %s: %w", r.path, err)
-	}
-	return removed, nil
-}
-
-func (r *Repository) sweep(ctx context.Context, before time.Time) (removed []string, err error) {
-	guard, err := r.lock(ctx, true)
-	if err != nil {
-		return nil, err
-	}
-	defer guard.Close()
-	list, err := names(r.root, temporaryDir)
-	if err != nil {
-		return nil, err
-	}
-	slices.Sort(list)
-	type leftover struct {
-		path  string
-		alive *os.File // locked by us; nil if there is none
-	}
-	var dead []leftover
-	defer func() {
-		for _, l := range dead {
-			if l.alive != nil {
-				l.alive.Close()
-			}
-		}
-	}()
-	var failed error
-	for _, name := range list {
-		path := temporaryDir + "/" + name
-		info, err := r.root.Lstat(path)
-		if err != nil || info.ModTime().After(before) {
-			failed = errors.Join(failed, gone(err))
-			continue
-		}
-		l := leftover{path: path}
-		if info.IsDir() {
-			// A directory without the file is one that was being made, or half removed, when its owner died: whoever
-			// lives holds the repository's lock in that moment, and we have it.
-			f, _, err := openRegularFor(r.root, path+"/"+aliveName, os.O_RDWR)
-			if err == nil {
-				l.alive = f
-				if free, err := tryLock(f, true); err != nil || !free {
-					f.Close()
-					failed = errors.Join(failed, err)
-					continue
-				}
-			} else if !errors.Is(err, fs.ErrNotExist) && !irregular(err) {
-				failed = errors.Join(failed, err)
-				continue
-			}
-		}
-		dead = append(dead, l)
-	}
-	guard.Close()
-	for _, l := range dead {
-		if err := ctx.Err(); err != nil {
-			return removed, errors.Join(failed, err)
-		}
-		if err := r.removeTemporary(l.path, l.alive); err != nil {
-			failed = errors.Join(failed, err)
-			continue
-		}
-		removed = append(removed, l.path)
-	}
-	return removed, failed
 }

@@ -599,25 +599,19 @@ func TestDeleteAndSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	dead.alive.Close() // as the kernel does for a process that was killed
-	for _, name := range []string{"half-made", "some-file"} {
-		path := filepath.Join(r.path, temporaryDir, name)
-		if name == "half-made" {
-			err = os.Mkdir(path, 0o700)
-		} else {
-			err = os.WriteFile(path, nil, 0o600)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := os.Symlink("/", filepath.Join(r.path, temporaryDir, "link")); err != nil {
+	temporary := func(name string) string { return filepath.Join(r.path, temporaryDir, name) }
+	halfMade := strings.Repeat("0123456789abcdef", 2)
+	if err := errors.Join(
+		os.Mkdir(temporary(halfMade), 0o700),
+		os.WriteFile(temporary(repositoryName), nil, 0o600), // of an init that was killed
+	); err != nil {
 		t.Fatal(err)
 	}
 	if removed, err := r.Sweep(ctx, time.Hour); err != nil || len(removed) > 0 {
 		t.Errorf("swept what is not old: %v, %v", removed, err)
 	}
 	removed, err := r.Sweep(ctx, -time.Hour)
-	want := []string{dead.dir, temporaryDir + "/half-made", temporaryDir + "/link", temporaryDir + "/some-file"}
+	want := []string{dead.dir, temporaryDir + "/" + halfMade, unfinishedName}
 	slices.Sort(want)
 	if diff := cmp.Diff(want, removed); err != nil || diff != "" {
 		t.Errorf("swept (-want +got): %v\n%s", err, diff)
