@@ -3,12 +3,11 @@ package image
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
+	"regexp"
 	"slices"
 	"syscall"
 )
@@ -37,62 +36,6 @@ type Repository struct {
 	keys derived
 }
 
-// InitRepository makes a repository of a directory, which it creates if need be. What else is in the directory stays. If
-// it is a repository already the error is [ErrExists].
-func InitRepository(dir string) error {
-	if err := initRepository(dir, rand.Reader); err != nil {
-		return fmt.Errorf("make repository %s: %w", dir, err)
-	}
-	return nil
-}
-
-func initRepository(dir string, random io.Reader) error {
-	n, err := newID(random)
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	root, err := openTop(dir)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	guard, err := openLock(root)
-	if err != nil {
-		return err
-	}
-	defer guard.Close()
-	// Two that do this at once must not both come to write their id.
-	if err := lock(context.Background(), guard, true); err != nil {
-		return err
-	}
-	if _, err := root.Lstat(repositoryName); err == nil {
-		return ErrExists
-	}
-	for _, name := range []string{imagesDir, temporaryDir} {
-		if err := root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
-	text, err := json.Marshal(repositoryInfo{Format: repositoryFormat, Version: formatVersion, ID: n})
-	if err != nil {
-		return err
-	}
-	d := rootDisk{root}
-	if err := gone(d.remove(unfinishedName)); err != nil {
-		return err
-	}
-	if err := writeFile(d, unfinishedName, append(text, '\n')); err != nil {
-		return err
-	}
-	if err := d.rename(unfinishedName, repositoryName); err != nil {
-		return err
-	}
-	return d.syncDir(".")
-}
-
 // writeFile writes a whole new file and syncs it.
 func writeFile(d disk, name string, content []byte) error {
 	f, err := d.create(name)
@@ -115,6 +58,9 @@ func OpenRepository(dir string, keys Keys) (*Repository, error) {
 		return nil, fmt.Errorf("open repository %s: the secret is all zeros", dir)
 	}
 	root, err := openTop(dir)
+	if errors.Is(err, syscall.ENOTDIR) {
+		return nil, fmt.Errorf("open repository: %w", notDirectory(dir, err))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open repository: %w", notFoundWith(err))
 	}
@@ -301,7 +247,7 @@ func (r *Repository) temporary() (dir string, alive *os.File, err error) {
 }
 
 // Delete takes an image out of the repository, a damaged one too; keys do not matter. No other image is touched: what it
-// shares with them stays theirs. The errors to act on are [ErrNotFound] and [ErrBusy].
+// shares with them stays theirs. The errors to act on are [ErrNotFound], [ErrBusy] and [ErrNotImage].
 func (r *Repository) Delete(ctx context.Context, name string) error {
 	if err := r.delete(ctx, name); err != nil {
 		return fmt.Errorf("delete image %s: %w", name, err)
@@ -323,7 +269,10 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 		return notFound(err)
 	}
 	if !info.IsDir() {
-		return fmt.Errorf("is no image (%v)", info.Mode().Type())
+		return fmt.Errorf("%w: %w", ErrNotImage, &irregularError{name: imagePath(name), want: "directory", mode: info.Mode()})
+	}
+	if err := r.checkImage(name); err != nil {
+		return err
 	}
 	if err := r.unused(name); err != nil {
 		return err
@@ -346,6 +295,32 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 		return nil // on NFS somebody here has a file of it open; the image is gone, and what is left is Sweep's
 	}
 	return err
+}
+
+// Names of an image's files. Others have files of the common names as well, but not of the rest.
+var (
+	commonNames = regexp.MustCompile(`^(` + regexp.QuoteMeta(manifestName) + `|` + indexName + `)$`)
+	ownNames    = regexp.MustCompile(`^(` + regexp.QuoteMeta(macName) + `|` + stateName + `|[0-9a-f]{32}\.(pages|hashes))$`)
+)
+
+// checkImage returns [ErrNotImage] for a directory that no image is left of, however damaged: somebody else made it, and it may
+// be all that they have. One file of an image's own names makes it one; where there is none, there must be nothing in it but files of
+// the common names, if anything.
+func (r *Repository) checkImage(name string) error {
+	list, err := names(r.root, imagePath(name))
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(list, ownNames.MatchString) {
+		return nil
+	}
+	slices.Sort(list)
+	for _, file := range list {
+		if !commonNames.MatchString(file) {
+			return fmt.Errorf("%w: it has %q, and nothing that only images have", ErrNotImage, file)
+		}
+	}
+	return nil
 }
 
 // unused returns [ErrBusy] if a writer copies from the image. With the repository's lock held exclusively, none begins to.

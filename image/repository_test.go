@@ -627,6 +627,69 @@ func TestDeleteAndSweep(t *testing.T) {
 	}
 }
 
+// TestDeleteTakesImagesOnly has directories beneath images/ that were not made here, and images of which little is left.
+func TestDeleteTakesImagesOnly(t *testing.T) {
+	ctx := context.Background()
+	r := newRepository(t, testKeys(false))
+	id := strings.Repeat("0123456789abcdef", 2)
+	for _, c := range []struct {
+		files  []string
+		delete bool
+	}{
+		{[]string{"holiday.jpg"}, false},
+		{[]string{"2024/"}, false},
+		{[]string{"manifest.json", "index", "icon.png"}, false}, // a web page's
+		{[]string{"index/"}, true},                              // of an image, as far as can be told
+		{[]string{"id.pages", "0123.pages"}, false},
+		{nil, true},
+		{[]string{manifestName}, true},
+		{[]string{indexName, manifestName}, true},
+		{[]string{macName, "added.txt"}, true},
+		{[]string{stateName, "added.txt"}, true},
+		{[]string{id + ".pages", ".nfs0001"}, true},
+		{[]string{id + ".hashes", "added/"}, true},
+	} {
+		dir := filepath.Join(r.path, imagesDir, "it")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range c.files {
+			path := filepath.Join(dir, name)
+			err := os.Mkdir(path, 0o700)
+			if !strings.HasSuffix(name, "/") {
+				err = errors.Join(os.Remove(path), os.WriteFile(path, nil, 0o600))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		err := r.Delete(ctx, "it")
+		if c.delete && err != nil || !c.delete && !errors.Is(err, ErrNotImage) {
+			t.Errorf("%v: %v", c.files, err)
+		}
+		left, err := os.ReadDir(dir)
+		if c.delete != errors.Is(err, fs.ErrNotExist) || !c.delete && len(left) != len(c.files) {
+			t.Errorf("%v: left: %v, %v", c.files, left, err)
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(r.path, imagesDir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Delete(ctx, "file"); !errors.Is(err, ErrNotImage) {
+		t.Errorf("a file: %v", err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Error(err)
+	}
+	if left, err := names(r.root, temporaryDir); err != nil || len(left) > 0 {
+		t.Errorf("left over: %v, %v", left, err)
+	}
+}
+
 // TestKilledWriter kills a process that writes an image: what it leaves is not touched before, and swept afterwards.
 func TestKilledWriter(t *testing.T) {
 	ctx := context.Background()
