@@ -142,8 +142,8 @@ func (r *Repository) openImageDir(name string) (*os.Root, error) {
 	return dir, err
 }
 
-// Summary is what can be said of an image without opening more than its manifest. Whether it is another's parent is told by its Digest
-// while it can be read, and only guessed from its Name where it cannot: then it is not the same as one that is not there.
+// Summary is what can be said of an image without opening more than its manifest. An image is known as another's parent by its digest;
+// one that cannot be read has none, and may be the parent of whoever names it.
 type Summary struct {
 	Name     string
 	Manifest Manifest // zero where Err is set

@@ -259,10 +259,10 @@ func TestWrongKeys(t *testing.T) {
 	ctx := context.Background()
 	r := newRepository(t, testKeys(true))
 	mustSeal(t, r, Spec{Name: "encrypted", Blocks: someBlocks})
-	for name, keys := range map[string]Keys{
-		"secret":            {Secret: [32]byte{9}, Encryption: &[32]byte{4, 5, 6}},
-		"encryption":        {Secret: testKeys(true).Secret, Encryption: &[32]byte{9}},
-		"no encryption key": testKeys(false),
+	for text, keys := range map[string]Keys{
+		"the key file has another secret":                         {Secret: [32]byte{9}, Encryption: &[32]byte{4, 5, 6}},
+		"the key file has another encryption key":                 {Secret: testKeys(true).Secret, Encryption: &[32]byte{9}},
+		"it is encrypted, and the key file has no encryption key": testKeys(false),
 	} {
 		other, err := OpenRepository(r.path, keys)
 		if err != nil {
@@ -270,12 +270,13 @@ func TestWrongKeys(t *testing.T) {
 		}
 		defer other.Close()
 		_, err = other.Open(ctx, "encrypted")
-		if damage := new(DamageError); !errors.Is(err, ErrWrongKey) || errors.As(err, &damage) {
-			t.Errorf("%s: %v", name, err)
+		if damage := new(DamageError); !errors.Is(err, ErrWrongKey) || errors.As(err, &damage) ||
+			err.Error() != "open image: image encrypted was written under another key: "+text {
+			t.Errorf("%s: %v", text, err)
 		}
 		summaries, err := other.Images(ctx)
-		if err != nil || len(summaries) != 1 || errors.Is(summaries[0].Err, ErrWrongKey) != (name == "secret") {
-			t.Errorf("%s: %+v, %v", name, summaries, err)
+		if err != nil || len(summaries) != 1 || errors.Is(summaries[0].Err, ErrWrongKey) != (keys.Secret != testKeys(true).Secret) {
+			t.Errorf("%s: %+v, %v", text, summaries, err)
 		}
 	}
 }
