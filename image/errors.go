@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"strings"
 	"syscall"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
@@ -19,9 +20,23 @@ var (
 	ErrWrongKey = errors.New("written under another key")
 	// ErrBusy: the image is in use by a writer that copies from it. Try again when that is done.
 	ErrBusy = errors.New("in use by a writer")
+	// ErrNotImage: what has the name of an image was not made here. Who wants it away removes it otherwise.
+	ErrNotImage = errors.New("not an image")
+	// ErrNotDirectory: something else than a directory was named as a repository.
+	ErrNotDirectory = errors.New("not a directory")
 	// ErrClosed: the image or the writer was closed, sealed or aborted before.
 	ErrClosed = errors.New("closed")
 )
+
+// NotEmptyError says that a directory was to become a repository that has something in it already. A repository has it for itself: what
+// is in its tmp/ and images/ is removed by their names.
+type NotEmptyError struct {
+	Name string // of one thing in it, by its path from the directory
+}
+
+func (e *NotEmptyError) Error() string {
+	return fmt.Sprintf("the directory has something in it (%q): choose an empty one, or a new sub-directory", e.Name)
+}
 
 // DamageError says that bytes in the repository are not what was written there, and where.
 type DamageError struct {
@@ -129,6 +144,15 @@ func noLinks(err error) bool {
 		}
 	}
 	return false
+}
+
+// notDirectory says with ErrNotDirectory what it is that the system calls none: dir, or one in its path.
+func notDirectory(dir string, err error) error {
+	at := dir
+	if typed := new(fs.PathError); errors.As(err, &typed) {
+		at = strings.TrimSuffix(typed.Path, "/.") // see openTop
+	}
+	return fmt.Errorf("%s is %w", at, ErrNotDirectory)
 }
 
 // notFound turns the system's "no such file" into ErrNotFound.

@@ -300,7 +300,7 @@ func decodeManifest(keys *derived, repository ID, name string, manifest, mac []b
 	switch {
 	case !valid && !ours:
 		// Both wrong: another key, unless somebody damaged both.
-		return nil, fmt.Errorf("image %s: secret: %w", name, ErrWrongKey)
+		return nil, fmt.Errorf("image %s was %w: the key file has another secret", name, ErrWrongKey)
 	case !valid:
 		return nil, damage(manifestName, -1, "its MAC does not match (or %s is what is damaged)", macName)
 	}
@@ -337,10 +337,10 @@ func (m *Manifest) checkEncryption(keys *derived) error {
 		return nil
 	}
 	if keys.aead == nil {
-		return fmt.Errorf("image %s: %w (%w)", m.Name, errNoEncryptionKey, ErrWrongKey)
+		return fmt.Errorf("image %s was %w: it is encrypted, and the key file has no encryption key", m.Name, ErrWrongKey)
 	}
 	if m.KeyCheck != hex.EncodeToString(keys.encryptionCheck(m.Repository)) {
-		return fmt.Errorf("image %s: encryption: %w", m.Name, ErrWrongKey)
+		return fmt.Errorf("image %s was %w: the key file has another encryption key", m.Name, ErrWrongKey)
 	}
 	return nil
 }

@@ -104,12 +104,12 @@ func TestSweepSaysWhatItCannotTell(t *testing.T) {
 	ctx := context.Background()
 	r := newRepository(t, testKeys(false))
 	for _, name := range []string{"a", "b", "c"} {
-		if err := os.Mkdir(filepath.Join(r.path, temporaryDir, name), 0o700); err != nil {
+		if err := os.Mkdir(filepath.Join(r.path, temporaryDir, strings.Repeat(name, 32)), 0o700); err != nil {
 			t.Fatal(err)
 		}
 	}
 	// Nobody opens for writing what is being executed.
-	busy := filepath.Join(r.path, temporaryDir, "b", aliveName)
+	busy := filepath.Join(r.path, temporaryDir, strings.Repeat("b", 32), aliveName)
 	code, err := os.ReadFile("/bin/sleep")
 	if err != nil {
 		t.Skip("no program to run:", err)

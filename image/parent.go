@@ -47,7 +47,7 @@ func (w *Writer) checkParent() error {
 	case m.Encrypted() != w.encrypted:
 		return refuse("its encryption is %q, and an image is encrypted wholly or not at all", m.Encryption)
 	case !slices.Equal(m.Blocks, w.spec.Blocks):
-		return refuse("its memory is laid out differently: %v, not %v", m.Blocks, w.spec.Blocks)
+		return refuse("its memory is laid out differently (%s)", layoutDifference(m.Blocks, w.spec.Blocks))
 	case len(m.Data) >= maxDataFiles && w.spec.RewriteBytes == 0:
 		return refuse("it is made of %d data files, no image can have more, and none may be rewritten", len(m.Data))
 	}

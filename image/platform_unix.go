@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,6 +20,15 @@ func freeBytes(f *os.File) (int64, error) {
 		return 0, fmt.Errorf("free space: %w", err)
 	}
 	return int64(s.Bavail) * int64(s.Bsize), nil
+}
+
+// allocatedBytes returns how much of the volume goes free when a file is removed: nothing, where it has another name as well.
+func allocatedBytes(info os.FileInfo) int64 {
+	s, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || s.Nlink > 1 {
+		return 0
+	}
+	return int64(s.Blocks) * 512 // whatever the file system's own blocks are (stat(2))
 }
 
 // unreadable reports whether err is the system's word for a bad sector or a file system that has found itself damaged.

@@ -3,15 +3,13 @@ package image
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
+	"regexp"
 	"slices"
 	"syscall"
-	"time"
 )
 
 // What is in a repository's directory.
@@ -24,6 +22,9 @@ const (
 	// In a writer's temporary directory: the file whose lock says that the writer lives, and what becomes the image.
 	aliveName = "alive"
 	stageName = "image"
+
+	// unfinishedName is what repository.json is called until it is whole.
+	unfinishedName = temporaryDir + "/" + repositoryName
 )
 
 // Repository is a directory of images, opened with keys. Safe for concurrent use, here and by other processes.
@@ -33,63 +34,6 @@ type Repository struct {
 	disk disk
 	id   ID
 	keys derived
-}
-
-// InitRepository makes a repository of a directory, which it creates if need be. What else is in the directory stays. If
-// it is a repository already the error is [ErrExists].
-func InitRepository(dir string) error {
-	if err := initRepository(dir, rand.Reader); err != nil {
-		return fmt.Errorf("make repository %s: %w", dir, err)
-	}
-	return nil
-}
-
-func initRepository(dir string, random io.Reader) error {
-	n, err := newID(random)
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	root, err := openTop(dir)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	guard, err := openLock(root)
-	if err != nil {
-		return err
-	}
-	defer guard.Close()
-	// Two that do this at once must not both come to write their id.
-	if err := lock(context.Background(), guard, true); err != nil {
-		return err
-	}
-	if _, err := root.Lstat(repositoryName); err == nil {
-		return ErrExists
-	}
-	for _, name := range []string{imagesDir, temporaryDir} {
-		if err := root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
-	text, err := json.Marshal(repositoryInfo{Format: repositoryFormat, Version: formatVersion, ID: n})
-	if err != nil {
-		return err
-	}
-	d := rootDisk{root}
-	const unfinished = temporaryDir + "/" + repositoryName
-	if err := gone(d.remove(unfinished)); err != nil {
-		return err
-	}
-	if err := writeFile(d, unfinished, append(text, '\n')); err != nil {
-		return err
-	}
-	if err := d.rename(unfinished, repositoryName); err != nil {
-		return err
-	}
-	return d.syncDir(".")
 }
 
 // writeFile writes a whole new file and syncs it.
@@ -114,6 +58,9 @@ func OpenRepository(dir string, keys Keys) (*Repository, error) {
 		return nil, fmt.Errorf("open repository %s: the secret is all zeros", dir)
 	}
 	root, err := openTop(dir)
+	if errors.Is(err, syscall.ENOTDIR) {
+		return nil, fmt.Errorf("open repository: %w", notDirectory(dir, err))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open repository: %w", notFoundWith(err))
 	}
@@ -195,7 +142,8 @@ func (r *Repository) openImageDir(name string) (*os.Root, error) {
 	return dir, err
 }
 
-// Summary is what can be said of an image without opening more than its manifest.
+// Summary is what can be said of an image without opening more than its manifest. An image is known as another's parent by its digest;
+// one that cannot be read has none, and may be the parent of whoever names it.
 type Summary struct {
 	Name     string
 	Manifest Manifest // zero where Err is set
@@ -300,7 +248,7 @@ func (r *Repository) temporary() (dir string, alive *os.File, err error) {
 }
 
 // Delete takes an image out of the repository, a damaged one too; keys do not matter. No other image is touched: what it
-// shares with them stays theirs. The errors to act on are [ErrNotFound] and [ErrBusy].
+// shares with them stays theirs. The errors to act on are [ErrNotFound], [ErrBusy] and [ErrNotImage].
 func (r *Repository) Delete(ctx context.Context, name string) error {
 	if err := r.delete(ctx, name); err != nil {
 		return fmt.Errorf("delete image %s: %w", name, err)
@@ -322,7 +270,10 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 		return notFound(err)
 	}
 	if !info.IsDir() {
-		return fmt.Errorf("is no image (%v)", info.Mode().Type())
+		return fmt.Errorf("%w: %w", ErrNotImage, &irregularError{name: imagePath(name), want: "directory", mode: info.Mode()})
+	}
+	if err := r.checkImage(name); err != nil {
+		return err
 	}
 	if err := r.unused(name); err != nil {
 		return err
@@ -345,6 +296,32 @@ func (r *Repository) delete(ctx context.Context, name string) error {
 		return nil // on NFS somebody here has a file of it open; the image is gone, and what is left is Sweep's
 	}
 	return err
+}
+
+// Names of an image's files. Others have files of the common names as well, but not of the rest.
+var (
+	commonNames = regexp.MustCompile(`^(` + regexp.QuoteMeta(manifestName) + `|` + indexName + `)$`)
+	ownNames    = regexp.MustCompile(`^(` + regexp.QuoteMeta(macName) + `|` + stateName + `|[0-9a-f]{32}\.(pages|hashes))$`)
+)
+
+// checkImage returns [ErrNotImage] for a directory that no image is left of, however damaged: somebody else made it, and it may
+// be all that they have. One file of an image's own names makes it one; where there is none, there must be nothing in it but files of
+// the common names, if anything.
+func (r *Repository) checkImage(name string) error {
+	list, err := names(r.root, imagePath(name))
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(list, ownNames.MatchString) {
+		return nil
+	}
+	slices.Sort(list)
+	for _, file := range list {
+		if !commonNames.MatchString(file) {
+			return fmt.Errorf("%w: it has %q, and nothing that only images have", ErrNotImage, file)
+		}
+	}
+	return nil
 }
 
 // unused returns [ErrBusy] if a writer copies from the image. With the repository's lock held exclusively, none begins to.
@@ -379,79 +356,4 @@ func (r *Repository) removeTemporary(dir string, alive *os.File) error {
 	}
 	alive.Close()
 	return r.disk.removeAll(dir)
-}
-
-// Sweep removes what writers left behind that were killed, if it is at least so old, and returns what it removed. What
-// belongs to a writer that lives is never touched, however old; nor is what cannot be told, which is an error, once all else
-// is removed.
-func (r *Repository) Sweep(ctx context.Context, olderThan time.Duration) ([]string, error) {
-	removed, err := r.sweep(ctx, time.Now().Add(-olderThan))
-	if err != nil {
-		return removed, fmt.Errorf("sweep repository %s: %w", r.path, err)
-	}
-	return removed, nil
-}
-
-func (r *Repository) sweep(ctx context.Context, before time.Time) (removed []string, err error) {
-	guard, err := r.lock(ctx, true)
-	if err != nil {
-		return nil, err
-	}
-	defer guard.Close()
-	list, err := names(r.root, temporaryDir)
-	if err != nil {
-		return nil, err
-	}
-	slices.Sort(list)
-	type leftover struct {
-		path  string
-		alive *os.File // locked by us; nil if there is none
-	}
-	var dead []leftover
-	defer func() {
-		for _, l := range dead {
-			if l.alive != nil {
-				l.alive.Close()
-			}
-		}
-	}()
-	var failed error
-	for _, name := range list {
-		path := temporaryDir + "/" + name
-		info, err := r.root.Lstat(path)
-		if err != nil || info.ModTime().After(before) {
-			failed = errors.Join(failed, gone(err))
-			continue
-		}
-		l := leftover{path: path}
-		if info.IsDir() {
-			// A directory without the file is one that was being made, or half removed, when its owner died: whoever
-			// lives holds the repository's lock in that moment, and we have it.
-			f, _, err := openRegularFor(r.root, path+"/"+aliveName, os.O_RDWR)
-			if err == nil {
-				l.alive = f
-				if free, err := tryLock(f, true); err != nil || !free {
-					f.Close()
-					failed = errors.Join(failed, err)
-					continue
-				}
-			} else if !errors.Is(err, fs.ErrNotExist) && !irregular(err) {
-				failed = errors.Join(failed, err)
-				continue
-			}
-		}
-		dead = append(dead, l)
-	}
-	guard.Close()
-	for _, l := range dead {
-		if err := ctx.Err(); err != nil {
-			return removed, errors.Join(failed, err)
-		}
-		if err := r.removeTemporary(l.path, l.alive); err != nil {
-			failed = errors.Join(failed, err)
-			continue
-		}
-		removed = append(removed, l.path)
-	}
-	return removed, failed
 }

@@ -259,10 +259,10 @@ func TestWrongKeys(t *testing.T) {
 	ctx := context.Background()
 	r := newRepository(t, testKeys(true))
 	mustSeal(t, r, Spec{Name: "encrypted", Blocks: someBlocks})
-	for name, keys := range map[string]Keys{
-		"secret":            {Secret: [32]byte{9}, Encryption: &[32]byte{4, 5, 6}},
-		"encryption":        {Secret: testKeys(true).Secret, Encryption: &[32]byte{9}},
-		"no encryption key": testKeys(false),
+	for text, keys := range map[string]Keys{
+		"the key file has another secret":                         {Secret: [32]byte{9}, Encryption: &[32]byte{4, 5, 6}},
+		"the key file has another encryption key":                 {Secret: testKeys(true).Secret, Encryption: &[32]byte{9}},
+		"it is encrypted, and the key file has no encryption key": testKeys(false),
 	} {
 		other, err := OpenRepository(r.path, keys)
 		if err != nil {
@@ -270,12 +270,13 @@ func TestWrongKeys(t *testing.T) {
 		}
 		defer other.Close()
 		_, err = other.Open(ctx, "encrypted")
-		if damage := new(DamageError); !errors.Is(err, ErrWrongKey) || errors.As(err, &damage) {
-			t.Errorf("%s: %v", name, err)
+		if damage := new(DamageError); !errors.Is(err, ErrWrongKey) || errors.As(err, &damage) ||
+			err.Error() != "open image: image encrypted was written under another key: "+text {
+			t.Errorf("%s: %v", text, err)
 		}
 		summaries, err := other.Images(ctx)
-		if err != nil || len(summaries) != 1 || errors.Is(summaries[0].Err, ErrWrongKey) != (name == "secret") {
-			t.Errorf("%s: %+v, %v", name, summaries, err)
+		if err != nil || len(summaries) != 1 || errors.Is(summaries[0].Err, ErrWrongKey) != (keys.Secret != testKeys(true).Secret) {
+			t.Errorf("%s: %+v, %v", text, summaries, err)
 		}
 	}
 }
@@ -599,25 +600,19 @@ func TestDeleteAndSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	dead.alive.Close() // as the kernel does for a process that was killed
-	for _, name := range []string{"half-made", "some-file"} {
-		path := filepath.Join(r.path, temporaryDir, name)
-		if name == "half-made" {
-			err = os.Mkdir(path, 0o700)
-		} else {
-			err = os.WriteFile(path, nil, 0o600)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := os.Symlink("/", filepath.Join(r.path, temporaryDir, "link")); err != nil {
+	temporary := func(name string) string { return filepath.Join(r.path, temporaryDir, name) }
+	halfMade := strings.Repeat("0123456789abcdef", 2)
+	if err := errors.Join(
+		os.Mkdir(temporary(halfMade), 0o700),
+		os.WriteFile(temporary(repositoryName), nil, 0o600), // of an init that was killed
+	); err != nil {
 		t.Fatal(err)
 	}
 	if removed, err := r.Sweep(ctx, time.Hour); err != nil || len(removed) > 0 {
 		t.Errorf("swept what is not old: %v, %v", removed, err)
 	}
 	removed, err := r.Sweep(ctx, -time.Hour)
-	want := []string{dead.dir, temporaryDir + "/half-made", temporaryDir + "/link", temporaryDir + "/some-file"}
+	want := []string{dead.dir, temporaryDir + "/" + halfMade, unfinishedName}
 	slices.Sort(want)
 	if diff := cmp.Diff(want, removed); err != nil || diff != "" {
 		t.Errorf("swept (-want +got): %v\n%s", err, diff)
@@ -630,6 +625,69 @@ func TestDeleteAndSweep(t *testing.T) {
 	i.Close()
 	if err := dead.Abort(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestDeleteTakesImagesOnly has directories beneath images/ that were not made here, and images of which little is left.
+func TestDeleteTakesImagesOnly(t *testing.T) {
+	ctx := context.Background()
+	r := newRepository(t, testKeys(false))
+	id := strings.Repeat("0123456789abcdef", 2)
+	for _, c := range []struct {
+		files  []string
+		delete bool
+	}{
+		{[]string{"holiday.jpg"}, false},
+		{[]string{"2024/"}, false},
+		{[]string{"manifest.json", "index", "icon.png"}, false}, // a web page's
+		{[]string{"index/"}, true},                              // of an image, as far as can be told
+		{[]string{"id.pages", "0123.pages"}, false},
+		{nil, true},
+		{[]string{manifestName}, true},
+		{[]string{indexName, manifestName}, true},
+		{[]string{macName, "added.txt"}, true},
+		{[]string{stateName, "added.txt"}, true},
+		{[]string{id + ".pages", ".nfs0001"}, true},
+		{[]string{id + ".hashes", "added/"}, true},
+	} {
+		dir := filepath.Join(r.path, imagesDir, "it")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range c.files {
+			path := filepath.Join(dir, name)
+			err := os.Mkdir(path, 0o700)
+			if !strings.HasSuffix(name, "/") {
+				err = errors.Join(os.Remove(path), os.WriteFile(path, nil, 0o600))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		err := r.Delete(ctx, "it")
+		if c.delete && err != nil || !c.delete && !errors.Is(err, ErrNotImage) {
+			t.Errorf("%v: %v", c.files, err)
+		}
+		left, err := os.ReadDir(dir)
+		if c.delete != errors.Is(err, fs.ErrNotExist) || !c.delete && len(left) != len(c.files) {
+			t.Errorf("%v: left: %v, %v", c.files, left, err)
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(r.path, imagesDir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Delete(ctx, "file"); !errors.Is(err, ErrNotImage) {
+		t.Errorf("a file: %v", err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Error(err)
+	}
+	if left, err := names(r.root, temporaryDir); err != nil || len(left) > 0 {
+		t.Errorf("left over: %v, %v", left, err)
 	}
 }
 

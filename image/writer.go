@@ -212,14 +212,16 @@ func (r *Repository) space(need, reserve int64) error {
 }
 
 // spaceError makes the system's word for a full volume a [*SpaceError].
-func (r *Repository) spaceError(err error) error {
+func (r *Repository) spaceError(err error) error { return spaceError(r.disk, err) }
+
+func spaceError(d disk, err error) error {
 	if err == nil || !noSpace(err) {
 		return err
 	}
 	if typed := new(SpaceError); errors.As(err, &typed) {
 		return err
 	}
-	free, failed := r.disk.free()
+	free, failed := d.free()
 	if failed != nil {
 		free = -1
 	}

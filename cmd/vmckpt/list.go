@@ -125,7 +125,7 @@ func (p *program) printList(lines []line) {
 		case l.damage != nil:
 			note = problem(l.damage)
 		case m.Parent != nil && l.parent == nil:
-			note = fmt.Sprintf("its parent %s is not here", m.Parent.Name)
+			note = missingParent(m.Parent.Name, lines)
 		}
 		rows = append(rows, []string{l.branches + l.Name, l.kind(), timeText(m.Created), sizeText(m.MemoryBytes()), countText(m.Pages.Written),
 			sizeText(m.OwnBytes()), pause, note})
@@ -139,6 +139,21 @@ func (p *program) printList(lines []line) {
 	if bad > 0 {
 		p.printf("%s cannot be restored\n", plural(bad, "image"))
 	}
+}
+
+// missingParent says why no image has the digest that an increment has of its parent. Where something unreadable has the parent's name, it will
+// be the parent: nobody can know, and nobody is to believe that it was deleted.
+func missingParent(name string, lines []line) string {
+	for _, l := range lines {
+		switch {
+		case l.Name != name:
+		case l.Err != nil:
+			return fmt.Sprintf("its parent %s cannot be read", name)
+		default:
+			return fmt.Sprintf("its parent %s is not here, another has its name", name)
+		}
+	}
+	return fmt.Sprintf("its parent %s is not here", name)
 }
 
 // look opens an image, which shows missing and truncated files without reading them whole.
