@@ -64,6 +64,11 @@ func OpenRepository(dir string, keys Keys) (*Repository, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open repository: %w", notFoundWith(err))
 	}
+	return openIn(root, dir, keys)
+}
+
+// openIn opens the repository in an open directory, which it takes over. dir is its path, for messages.
+func openIn(root *os.Root, dir string, keys Keys) (*Repository, error) {
 	r := &Repository{path: dir, root: root, disk: rootDisk{root}, keys: derive(keys)}
 	text, err := readSmall(root, repositoryName, 4096)
 	if err == nil {

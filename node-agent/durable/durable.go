@@ -15,13 +15,18 @@ func WriteJSON(dir *os.Root, name string, value any) error {
 	if err != nil {
 		return err
 	}
+	return WriteFile(dir, name, append(text, '\n'))
+}
+
+// WriteFile puts text in place of whatever the file held, readable by its owner alone.
+func WriteFile(dir *os.Root, name string, text []byte) error {
 	// A fixed name: nobody else writes it, and after a crash nothing is left behind but this one.
 	temporary := name + ".new"
 	f, err := dir.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(append(text, '\n'))
+	_, err = f.Write(text)
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}

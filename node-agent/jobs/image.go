@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/vmckpt/vmckpt/image"
@@ -93,12 +91,13 @@ func runImage(ctx context.Context, r ImageRequest, progress func(any)) (*ImageRe
 	return result, nil
 }
 
-// make makes the repository and the directory above it, if they are not there.
+// make makes the repository, if it is not there.
 func (r Repository) make() error {
-	if _, err := os.Stat(filepath.Join(r.Dir, "repository.json")); err == nil {
-		return nil
+	create := func() error { return image.InitRepository(r.Dir) }
+	if r.Volume != "" {
+		create = func() error { return image.InitRepositoryOn(r.Volume, r.Dir) }
 	}
-	if err := image.InitRepository(r.Dir); err != nil && !errors.Is(err, image.ErrExists) {
+	if err := create(); err != nil && !errors.Is(err, image.ErrExists) {
 		return err
 	}
 	return nil

@@ -70,7 +70,7 @@ func (r Repository) readKeys() (image.Keys, error) {
 
 // keyInside says whether the key file lies in the repository, or would: by its own place, and by that of what it is a link to.
 func (r Repository) keyInside() (bool, error) {
-	dir, err := resolve(r.Dir)
+	dir, err := resolve(filepath.Join(r.Volume, r.Dir))
 	if err != nil {
 		return false, err
 	}

@@ -65,6 +65,9 @@ func (v VM) open(ctx context.Context) (*qemu.Process, qemu.Monitor, error) {
 type Repository struct {
 	Dir     string `json:"dir"`
 	KeyFile string `json:"keyFile"`
+
+	// Volume, where set, is the root of a volume that somebody else owns, and Dir a directory on it, named from there.
+	Volume string `json:"volume,omitempty"`
 }
 
 // KeyError says that the keys could not be had: nothing is known of the repository then.
@@ -78,6 +81,9 @@ func (r Repository) Open() (*image.Repository, error) {
 	keys, err := r.Keys()
 	if err != nil {
 		return nil, err
+	}
+	if r.Volume != "" {
+		return image.OpenRepositoryOn(r.Volume, r.Dir, keys)
 	}
 	return image.OpenRepository(r.Dir, keys)
 }
