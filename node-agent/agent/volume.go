@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -23,8 +22,9 @@ type Volumes interface {
 
 // VolumeError says why a claim's volume cannot be used on this node.
 type VolumeError struct {
-	Claim types.NamespacedName
-	Why   string
+	Claim   types.NamespacedName
+	Why     string
+	Missing bool // there is no such claim, or its volume is gone
 }
 
 func (e *VolumeError) Error() string { return fmt.Sprintf("claim %v: %s", e.Claim, e.Why) }
@@ -39,11 +39,11 @@ type LocalVolumes struct {
 // Path implements [Volumes].
 func (v LocalVolumes) Path(ctx context.Context, claim types.NamespacedName) (string, error) {
 	fail := func(why string, args ...any) (string, error) {
-		return "", &VolumeError{claim, fmt.Sprintf(why, args...)}
+		return "", &VolumeError{Claim: claim, Why: fmt.Sprintf(why, args...)}
 	}
 	var pvc corev1.PersistentVolumeClaim
 	if err := v.Reader.Get(ctx, claim, &pvc); apierrors.IsNotFound(err) {
-		return fail("there is none of that name")
+		return "", &VolumeError{Claim: claim, Why: "there is none of that name", Missing: true}
 	} else if err != nil {
 		return "", fmt.Errorf("read claim %v: %w", claim, err)
 	}
@@ -55,7 +55,7 @@ func (v LocalVolumes) Path(ctx context.Context, claim types.NamespacedName) (str
 	}
 	var pv corev1.PersistentVolume
 	if err := v.Reader.Get(ctx, types.NamespacedName{Name: pvc.Spec.VolumeName}, &pv); apierrors.IsNotFound(err) {
-		return fail("its volume %s is gone", pvc.Spec.VolumeName)
+		return "", &VolumeError{Claim: claim, Why: fmt.Sprintf("its volume %s is gone", pvc.Spec.VolumeName), Missing: true}
 	} else if err != nil {
 		return "", fmt.Errorf("read volume %s of claim %v: %w", pvc.Spec.VolumeName, claim, err)
 	}
@@ -73,7 +73,7 @@ func (v LocalVolumes) Path(ctx context.Context, claim types.NamespacedName) (str
 		return fail("volume %s is of a kind that cannot be reached yet: it has to be local or hostPath", pv.Name)
 	}
 	if !filepath.IsAbs(path) {
-		return "", errors.Join(&VolumeError{claim, "its volume has no absolute path"})
+		return fail("the path of its volume %s is not absolute", pv.Name)
 	}
 	return filepath.Join("/", v.Root, filepath.Clean(path)), nil
 }

@@ -1,0 +1,104 @@
+// Command node-agent is VMckpt's agent on a node: it takes the checkpoints and does the restores that are bound to the node.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
+	kubevirtv1 "kubevirt.io/api/core/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/healthz"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+
+	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
+	"github.com/vmckpt/vmckpt/node-agent/agent"
+	"github.com/vmckpt/vmckpt/node-agent/guard"
+	"github.com/vmckpt/vmckpt/node-agent/inject"
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
+	"github.com/vmckpt/vmckpt/node-agent/supervise"
+)
+
+func main() {
+	// The workers, the leash's holder and the injection helper are this binary too.
+	guard.Main()
+	inject.Main()
+	supervise.Main(jobs.All(), func(err error) string { return string(jobs.CodeOf(err)) })
+
+	o, err := parseOptions(os.Args[1:], os.Getenv)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "node-agent:", err)
+		os.Exit(2)
+	}
+	if err := run(ctrl.SetupSignalHandler(), o); err != nil {
+		fmt.Fprintln(os.Stderr, "node-agent:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, o *options) error {
+	logger := o.logger()
+	ctrl.SetLogger(logger)
+	if err := agent.Lock(ctx, o.RunDir); err != nil {
+		return err
+	}
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, kubevirtv1.AddToScheme, vmckptv1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			return err
+		}
+	}
+	config, err := o.config()
+	if err != nil {
+		return err
+	}
+	// Only what is bound to this node is watched; all else is read when it is needed.
+	mine := cache.ByObject{Field: fields.OneTermEqualSelector("status.nodeName", o.NodeName)}
+	manager, err := ctrl.NewManager(config, ctrl.Options{
+		Scheme:                  scheme,
+		Logger:                  logger,
+		Cache:                   cache.Options{ByObject: map[client.Object]cache.ByObject{&vmckptv1.VMCheckpoint{}: mine, &vmckptv1.VMRestore{}: mine}},
+		Metrics:                 metricsserver.Options{BindAddress: o.MetricsAddress},
+		HealthProbeBindAddress:  o.ProbeAddress,
+		GracefulShutdownTimeout: &o.GracePeriod,
+	})
+	if err != nil {
+		return err
+	}
+	counted := agent.NewMetrics()
+	for _, c := range counted.Collectors() {
+		if err := metrics.Registry.Register(c); err != nil {
+			return err
+		}
+	}
+	_, err = agent.New(manager, agent.Options{
+		NodeName: o.NodeName,
+		Volumes:  agent.LocalVolumes{Reader: manager.GetAPIReader(), Root: o.HostRoot},
+		Keys: &agent.KeyRing{
+			Reader: manager.GetAPIReader(),
+			Secret: types.NamespacedName{Namespace: o.Namespace, Name: o.KeysSecret},
+			Dir:    o.RunDir + "/keys",
+		},
+		RecordDir: o.RecordDir,
+		Slots:     o.Slots,
+		Metrics:   counted,
+	})
+	if err != nil {
+		return err
+	}
+	if err := manager.AddHealthzCheck("ping", healthz.Ping); err != nil {
+		return err
+	}
+	if err := manager.AddReadyzCheck("ping", healthz.Ping); err != nil {
+		return err
+	}
+	logger.Info("the node agent begins", "node", o.NodeName, "slots", o.Slots)
+	return manager.Start(ctx)
+}

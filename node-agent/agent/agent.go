@@ -1,0 +1,169 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
+	"k8s.io/utils/clock"
+	kubevirtv1 "kubevirt.io/api/core/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+
+	"golang.org/x/sys/unix"
+
+	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
+)
+
+// Options say how an agent works. NodeName, Volumes and Keys must be set.
+type Options struct {
+	NodeName string
+	Volumes  Volumes
+	Keys     *KeyRing
+
+	Engine    Engine // default [Workers]
+	RecordDir string // where session records are kept; default [dirty.DefaultRecordDir]
+
+	// Slots bounds how many machines are worked on at once; default 2. Each takes as much processor as it gets.
+	Slots int
+
+	// RetryAfter is how long a task waits after its n-th failure that may pass; default 5 s, doubled each time, 2 min at most.
+	RetryAfter func(n int) time.Duration
+
+	Clock   clock.WithTicker // default the real one
+	Metrics *Metrics         // default none
+}
+
+// Agent is the agent of a node.
+type Agent struct {
+	o      Options
+	client client.Client // reads from the cache
+	live   client.Reader // reads from the API server
+	events events.EventRecorder
+	queue  *queue
+
+	retries retries
+}
+
+// errShutdown is the cause with which tasks end when the agent does.
+var errShutdown = errors.New("the node agent is being stopped")
+
+// errDeleted is the cause with which a task ends whose object was deleted.
+var errDeleted = errors.New("the object was deleted")
+
+// New makes an agent and adds its reconcilers to the manager. Its tasks end before the manager's Start returns.
+func New(m ctrl.Manager, o Options) (*Agent, error) {
+	if o.Engine == nil {
+		o.Engine = Workers{}
+	}
+	if o.Slots <= 0 {
+		o.Slots = 2
+	}
+	if o.Clock == nil {
+		o.Clock = clock.RealClock{}
+	}
+	if o.RetryAfter == nil {
+		o.RetryAfter = func(n int) time.Duration { return min(5*time.Second<<min(n-1, 10), 2*time.Minute) }
+	}
+	if o.Metrics == nil {
+		o.Metrics = NewMetrics()
+	}
+	a := &Agent{o: o, client: m.GetClient(), live: m.GetAPIReader(), events: m.GetEventRecorder("vmckpt-node-agent")}
+	a.queue = newQueue(context.Background(), o.Slots, o.Metrics.queue)
+	one := controller.Options{MaxConcurrentReconciles: 4}
+	if err := ctrl.NewControllerManagedBy(m).Named("node-checkpoint").For(&vmckptv1.VMCheckpoint{}).WithOptions(one).
+		Complete(&checkpoints{a}); err != nil {
+		return nil, fmt.Errorf("watch checkpoints: %w", err)
+	}
+	if err := ctrl.NewControllerManagedBy(m).Named("node-restore").For(&vmckptv1.VMRestore{}).WithOptions(one).
+		Complete(&restores{a}); err != nil {
+		return nil, fmt.Errorf("watch restores: %w", err)
+	}
+	// Tasks end with the manager, and the manager waits for them.
+	return a, m.Add(shutdown{a})
+}
+
+type shutdown struct{ *Agent }
+
+func (s shutdown) Start(ctx context.Context) error {
+	<-ctx.Done()
+	s.queue.close(errShutdown)
+	return nil
+}
+
+// Lock makes this the only agent of the node, waiting for another to end: two would work on one machine. It holds until the process ends.
+func Lock(ctx context.Context, dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("lock the node: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "agent.lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return fmt.Errorf("lock the node: %w", err)
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil // f stays open for good
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("lock the node: %w", err)
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("lock the node: another agent is at work: %w", ctx.Err())
+		}
+	}
+}
+
+// machineName is the key of a machine in the queue.
+func machineName(namespace, vmi string) string {
+	if vmi == "" {
+		return ""
+	}
+	return namespace + "/" + vmi
+}
+
+// event tells of something that happened to an object, in plain words.
+func (a *Agent) event(o client.Object, kind, reason, action, text string) {
+	if len(text) > 1000 {
+		text = text[:1000]
+	}
+	a.events.Eventf(o, nil, kind, reason, action, "%s", text)
+}
+
+const (
+	eventNormal  = corev1.EventTypeNormal
+	eventWarning = corev1.EventTypeWarning
+)
+
+// goneVMIError says that a machine is not on this node, or not the one that the object was bound for.
+type goneVMIError struct{ why string }
+
+func (e *goneVMIError) Error() string { return e.why }
+
+// findVMI reads the instance that an object was bound for.
+func (a *Agent) findVMI(ctx context.Context, name types.NamespacedName, uid types.UID) (*kubevirtv1.VirtualMachineInstance, error) {
+	var vmi kubevirtv1.VirtualMachineInstance
+	err := a.live.Get(ctx, name, &vmi)
+	switch {
+	case client.IgnoreNotFound(err) != nil:
+		return nil, fmt.Errorf("read VirtualMachineInstance %v: %w", name, err)
+	case err != nil:
+		return nil, &goneVMIError{fmt.Sprintf("VirtualMachineInstance %v is gone", name)}
+	case vmi.UID != uid:
+		return nil, &goneVMIError{fmt.Sprintf("VirtualMachineInstance %v was started anew", name)}
+	case vmi.Status.NodeName != a.o.NodeName:
+		return nil, &goneVMIError{fmt.Sprintf("VirtualMachineInstance %v has moved to node %q", name, vmi.Status.NodeName)}
+	case vmi.DeletionTimestamp != nil || vmi.IsFinal():
+		return nil, &goneVMIError{fmt.Sprintf("VirtualMachineInstance %v is ending", name)}
+	}
+	return &vmi, nil
+}

@@ -1,0 +1,66 @@
+package agent
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/vmckpt/vmckpt/node-agent/capture"
+)
+
+// Metrics are what an agent counts, in base units.
+type Metrics struct {
+	captures        *prometheus.CounterVec
+	restores        *prometheus.CounterVec
+	pauses          *prometheus.HistogramVec
+	captureSeconds  *prometheus.HistogramVec
+	restoreSeconds  prometheus.Histogram
+	storedBytes     prometheus.Counter
+	waiting, active prometheus.Gauge
+}
+
+// NewMetrics makes them; Collectors are to be registered.
+func NewMetrics() *Metrics {
+	seconds := []float64{.1, .25, .5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000}
+	return &Metrics{
+		captures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "vmckpt_captures_total", Help: "Captures that came to an end, by kind of image (base, increment) and result (ok, or the error's code).",
+		}, []string{"kind", "result"}),
+		restores: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "vmckpt_restores_total", Help: "Restores that came to an end, by result (ok, or the error's code).",
+		}, []string{"result"}),
+		pauses: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "vmckpt_capture_pause_seconds",
+			Help:    "How long guests stood still for captures, one observation a pause, by what for (instant, barrier).",
+			Buckets: []float64{.001, .002, .003, .005, .0075, .01, .015, .02, .03, .05, .1, .2, .5, 1, 5},
+		}, []string{"for"}),
+		captureSeconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "vmckpt_capture_duration_seconds", Help: "How long captures took, by kind of image.", Buckets: seconds,
+		}, []string{"kind"}),
+		restoreSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "vmckpt_restore_duration_seconds", Help: "How long restores took.", Buckets: seconds,
+		}),
+		storedBytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "vmckpt_capture_stored_bytes_total", Help: "Bytes that captures added to volumes.",
+		}),
+		waiting: prometheus.NewGauge(prometheus.GaugeOpts{Name: "vmckpt_queue_waiting", Help: "Tasks that wait on this node."}),
+		active:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "vmckpt_queue_running", Help: "Tasks that are worked on on this node."}),
+	}
+}
+
+// Collectors returns all of them.
+func (m *Metrics) Collectors() []prometheus.Collector {
+	return []prometheus.Collector{m.captures, m.restores, m.pauses, m.captureSeconds, m.restoreSeconds, m.storedBytes, m.waiting, m.active}
+}
+
+func (m *Metrics) queue(waiting, running int) {
+	m.waiting.Set(float64(waiting))
+	m.active.Set(float64(running))
+}
+
+func (m *Metrics) captured(kind string, r *capture.Result) {
+	m.captures.WithLabelValues(kind, "ok").Inc()
+	m.captureSeconds.WithLabelValues(kind).Observe(r.Duration.Seconds())
+	m.storedBytes.Add(float64(r.Pages.WrittenBytes))
+	for _, p := range r.Pauses {
+		m.pauses.WithLabelValues(p.For).Observe(p.Total.Seconds())
+	}
+}
