@@ -19,8 +19,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-var virtualMachines kubevirtv1.VirtualMachineList
-
 // machineSpec is what KubeVirt runs in the tests below.
 func machineSpec() kubevirtv1.VirtualMachineInstanceSpec {
 	return kubevirtv1.VirtualMachineInstanceSpec{
