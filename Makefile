@@ -1,6 +1,6 @@
 # Targets with a comment of two number signs are listed by make help.
 
-# What hack/setup unpacks lies here; VMCKPT_CACHE puts it elsewhere.
+# What hack/setup unpacks and builds lies here; VMCKPT_CACHE puts it elsewhere.
 CACHE := $(abspath $(or $(VMCKPT_CACHE),.cache))
 export VMCKPT_CACHE := $(CACHE)
 
@@ -28,7 +28,7 @@ help: ## What can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: ## Install and unpack all that tests need (needs root; quiet when all is there)
+setup: ## Install, unpack and build all that tests need (needs root; quiet when all is there)
 	@hack/setup test
 
 .PHONY: build
@@ -81,5 +81,5 @@ fuzz: ## Each fuzz target for FUZZTIME (30s)
 	@hack/fuzz $(FUZZTIME)
 
 .PHONY: clean
-clean: ## Remove what was built; what hack/setup downloaded stays in .cache
+clean: ## Remove what was built; what hack/setup put into .cache stays
 	rm -rf bin $(CACHE)/guest

@@ -19,16 +19,12 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-var virtualMachines kubevirtv1.VirtualMachineList
-
-func pointer[T any](v T) *T { return &v }
-
 // machineSpec is what KubeVirt runs in the tests below.
 func machineSpec() kubevirtv1.VirtualMachineInstanceSpec {
 	return kubevirtv1.VirtualMachineInstanceSpec{
 		Domain: kubevirtv1.DomainSpec{
 			CPU:      &kubevirtv1.CPU{Cores: 2, Sockets: 1, Threads: 1, Model: "Westmere"},
-			Memory:   &kubevirtv1.Memory{Guest: pointer(resource.MustParse("1Gi"))},
+			Memory:   &kubevirtv1.Memory{Guest: new(resource.MustParse("1Gi"))},
 			Machine:  &kubevirtv1.Machine{Type: "q35"},
 			Firmware: &kubevirtv1.Firmware{UUID: "dd75a760-ca42-402a-9170-c596ddd06a4e"},
 			Devices: kubevirtv1.Devices{
@@ -40,7 +36,7 @@ func machineSpec() kubevirtv1.VirtualMachineInstanceSpec {
 			},
 		},
 		NodeSelector:  map[string]string{"zone": "a"},
-		StartStrategy: pointer(kubevirtv1.StartStrategyPaused),
+		StartStrategy: new(kubevirtv1.StartStrategyPaused),
 		Networks:      []kubevirtv1.Network{*kubevirtv1.DefaultPodNetwork()},
 		Volumes: []kubevirtv1.Volume{{
 			Name: "root",
@@ -75,7 +71,7 @@ func TestVirtualMachineInstanceIsKeptWhole(t *testing.T) {
 		}},
 		Interfaces: []kubevirtv1.VirtualMachineInstanceNetworkInterface{{Name: "default", IP: "10.88.1.8", MAC: "aa:6b:2c:75:0c:7f"}},
 		Machine:    &kubevirtv1.Machine{Type: "pc-q35-10.0"},
-		Memory:     &kubevirtv1.MemoryStatus{GuestCurrent: pointer(resource.MustParse("1Gi"))},
+		Memory:     &kubevirtv1.MemoryStatus{GuestCurrent: new(resource.MustParse("1Gi"))},
 	}
 	vmi.Status = status
 	if err := admin.Status().Update(t.Context(), vmi.DeepCopy()); !apierrors.IsNotFound(err) {
@@ -116,7 +112,7 @@ func TestVirtualMachineHasAStatusOfItsOwn(t *testing.T) {
 	server.InstallKubeVirt(t)
 	admin := server.Client(t)
 	vm := &kubevirtv1.VirtualMachine{Spec: kubevirtv1.VirtualMachineSpec{
-		RunStrategy: pointer(kubevirtv1.RunStrategyAlways),
+		RunStrategy: new(kubevirtv1.RunStrategyAlways),
 		Template:    &kubevirtv1.VirtualMachineInstanceTemplateSpec{Spec: machineSpec()},
 	}}
 	vm.Spec.Template.ObjectMeta.Labels = map[string]string{"app": "database"}

@@ -13,8 +13,9 @@
 //
 // What must hold:
 //   - The programs end with the test process, whatever the way: they are killed by their process ids, and by the kernel
-//     if the test process dies. Nothing but the server's own directory is written, and that is removed.
-//   - They listen on the loopback address alone, at ports that outgoing connections never take, so that a server that
-//     was stopped gets its port back.
+//     if the test process dies. Nothing but the server's own directory is written, and that is removed; envtest remembers
+//     the ports it gave away in the user's cache directory.
+//   - They listen on the loopback address alone. The ports that clients know are none that outgoing connections take, so
+//     that a server that was stopped gets its port back.
 //   - What cannot run here is skipped, saying what is missing; see [machine.Unavailable].
 package apiserver

@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	kubevirtv1 "kubevirt.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/vmckpt/vmckpt/test/apiserver"
@@ -164,6 +165,7 @@ func TestWipingEtcdLosesEverything(t *testing.T) {
 	server.WipeEtcd(t)
 	t.Logf("wiped in %v", time.Since(start))
 
+	virtualMachines := &kubevirtv1.VirtualMachineList{}
 	admin = server.Client(t) // the old one remembers which kinds there were
 	if err := admin.Get(t.Context(), client.ObjectKeyFromObject(lost), lost); !apierrors.IsNotFound(err) {
 		t.Errorf("reading what was lost says %v, want not found", err)
@@ -171,7 +173,7 @@ func TestWipingEtcdLosesEverything(t *testing.T) {
 	if err := admin.Get(t.Context(), client.ObjectKey{Name: namespace}, &corev1.Namespace{}); !apierrors.IsNotFound(err) {
 		t.Errorf("reading the namespace says %v, want not found", err)
 	}
-	if err := admin.List(t.Context(), &virtualMachines); !meta.IsNoMatchError(err) {
+	if err := admin.List(t.Context(), virtualMachines); !meta.IsNoMatchError(err) {
 		t.Errorf("listing VirtualMachines says %v, want that there is no such kind", err)
 	}
 	c := server.ClientOf(t, account)
@@ -181,7 +183,7 @@ func TestWipingEtcdLosesEverything(t *testing.T) {
 
 	// It can be filled again.
 	server.InstallKubeVirt(t)
-	if err := admin.List(t.Context(), &virtualMachines); err != nil {
+	if err := admin.List(t.Context(), virtualMachines); err != nil {
 		t.Error(err)
 	}
 	settings(t, admin, server.Namespace(t))

@@ -46,6 +46,9 @@ func (s *Shared) Server(t testing.TB) *Server {
 		if dir, s.err = os.MkdirTemp("", "vmckpt-apiserver-"); s.err == nil {
 			s.server, s.err = Start(dir)
 		}
+		if s.err != nil && dir != "" {
+			s.err = errors.Join(s.err, os.RemoveAll(dir))
+		}
 	})
 	if missing := (*machine.Unavailable)(nil); errors.As(s.err, &missing) {
 		t.Skip(missing)
