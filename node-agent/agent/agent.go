@@ -16,6 +16,9 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/source"
 
 	"golang.org/x/sys/unix"
 
@@ -77,13 +80,17 @@ func New(m ctrl.Manager, o Options) (*Agent, error) {
 	}
 	a := &Agent{o: o, client: m.GetClient(), live: m.GetAPIReader(), events: m.GetEventRecorder("vmckpt-node-agent")}
 	a.queue = newQueue(context.Background(), o.Slots, o.Metrics.queue)
-	one := controller.Options{MaxConcurrentReconciles: 4}
-	if err := ctrl.NewControllerManagedBy(m).Named("node-checkpoint").For(&vmckptv1.VMCheckpoint{}).WithOptions(one).
-		Complete(&checkpoints{a}); err != nil {
+	few := controller.Options{MaxConcurrentReconciles: 4}
+	c := &checkpoints{a, make(chan event.GenericEvent)}
+	err := ctrl.NewControllerManagedBy(m).Named("node-checkpoint").For(&vmckptv1.VMCheckpoint{}).
+		WatchesRawSource(source.Channel(c.again, &handler.EnqueueRequestForObject{})).WithOptions(few).Complete(c)
+	if err != nil {
 		return nil, fmt.Errorf("watch checkpoints: %w", err)
 	}
-	if err := ctrl.NewControllerManagedBy(m).Named("node-restore").For(&vmckptv1.VMRestore{}).WithOptions(one).
-		Complete(&restores{a}); err != nil {
+	r := &restores{a, make(chan event.GenericEvent)}
+	err = ctrl.NewControllerManagedBy(m).Named("node-restore").For(&vmckptv1.VMRestore{}).
+		WatchesRawSource(source.Channel(r.again, &handler.EnqueueRequestForObject{})).WithOptions(few).Complete(r)
+	if err != nil {
 		return nil, fmt.Errorf("watch restores: %w", err)
 	}
 	// Tasks end with the manager, and the manager waits for them.

@@ -14,6 +14,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/log"
 
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
@@ -31,7 +32,10 @@ const (
 )
 
 // checkpoints takes the checkpoints of this node.
-type checkpoints struct{ *Agent }
+type checkpoints struct {
+	*Agent
+	again chan event.GenericEvent // objects whose task has ended
+}
 
 // Reconcile brings a checkpoint into the queue, or one that was deleted to its end.
 func (c *checkpoints) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
@@ -61,6 +65,7 @@ func (c *checkpoints) Reconcile(ctx context.Context, request ctrl.Request) (ctrl
 			ctx = log.IntoContext(ctx, log.FromContext(ctx).WithValues("checkpoint", request.NamespacedName))
 			c.run(ctx, key)
 		},
+		ended: c.again, object: o.DeepCopy(),
 	})
 	if !waits {
 		return ctrl.Result{}, nil
@@ -189,6 +194,7 @@ func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint) (*outc
 	}
 
 	request.Repository = repositoryOn(volume, keys.current)
+	request.OtherKeys = len(keys.all) > 1
 	request.Mode, request.Compression = modes[o.Spec.Mode], compressions[o.Spec.Compression]
 	result, err := c.o.Engine.Capture(ctx, request, func(p capture.Progress) { progress.tell(captureProgress(p)) })
 	if err != nil {
@@ -333,7 +339,7 @@ const mostPauses = 64
 // deleted brings a checkpoint to its end that was deleted: its work ended, its image removed or left as it wants, its finalizer taken off.
 func (c *checkpoints) deleted(ctx context.Context, o *vmckptv1.VMCheckpoint, key taskKey) (ctrl.Result, error) {
 	if c.queue.cancel(key, errDeleted) {
-		return ctrl.Result{RequeueAfter: endingPoll}, nil
+		return ctrl.Result{}, nil // the end of the task brings it here again
 	}
 	c.retries.forget(key)
 	if !controllerutil.ContainsFinalizer(o, vmckptv1.Finalizer) {
@@ -354,9 +360,6 @@ func (c *checkpoints) deleted(ctx context.Context, o *vmckptv1.VMCheckpoint, key
 	controllerutil.RemoveFinalizer(o, vmckptv1.Finalizer)
 	return ctrl.Result{}, client.IgnoreNotFound(c.client.Patch(ctx, o, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})))
 }
-
-// endingPoll is how long until it is looked again whether a task has ended.
-const endingPoll = 500 * time.Millisecond
 
 // removeImage removes the image of a checkpoint, unless another object stands for it too.
 func (c *checkpoints) removeImage(ctx context.Context, o *vmckptv1.VMCheckpoint) error {

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 )
 
 // task is one object's work.
@@ -16,6 +18,8 @@ type task struct {
 	created time.Time // the object's, which decides who comes first
 	machine string    // namespace/name of the instance that the work is done on; empty where there is none
 	run     func(context.Context)
+	ended   chan<- event.GenericEvent // told when it has ended and is not in the queue any more
+	object  client.Object             // what it is told
 
 	cancel context.CancelCauseFunc // set when it runs
 }
@@ -36,12 +40,13 @@ type queue struct {
 	waiting []*task
 	running map[taskKey]*task
 	closed  bool
+	closing chan struct{} // closed with it
 	done    sync.WaitGroup
 	changed func(waiting, running int) // for metrics; called with mu held
 }
 
 func newQueue(base context.Context, slots int, changed func(waiting, running int)) *queue {
-	return &queue{slots: slots, base: base, running: map[taskKey]*task{}, changed: changed}
+	return &queue{slots: slots, base: base, running: map[taskKey]*task{}, closing: make(chan struct{}), changed: changed}
 }
 
 // add puts a task into the queue, unless it is there. It reports whether the task has to wait.
@@ -87,6 +92,9 @@ func (q *queue) cancel(key taskKey, cause error) (running bool) {
 // close lets nothing more begin, asks all to end and waits for that.
 func (q *queue) close(cause error) {
 	q.mu.Lock()
+	if !q.closed {
+		close(q.closing)
+	}
 	q.closed, q.waiting = true, nil
 	for _, t := range q.running {
 		t.cancel(cause)
@@ -130,7 +138,11 @@ func (q *queue) atWork(machine string) bool {
 
 func (q *queue) ended(t *task) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
 	delete(q.running, t.key)
 	q.start()
+	q.mu.Unlock()
+	select {
+	case t.ended <- event.GenericEvent{Object: t.object}:
+	case <-q.closing: // nobody listens any more
+	}
 }

@@ -13,6 +13,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/log"
 
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
@@ -21,7 +22,10 @@ import (
 )
 
 // restores does the restores of this node.
-type restores struct{ *Agent }
+type restores struct {
+	*Agent
+	again chan event.GenericEvent // objects whose task has ended
+}
 
 // Reconcile brings a restore into the queue, or one that was deleted to its end.
 func (r *restores) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
@@ -51,6 +55,7 @@ func (r *restores) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Re
 			ctx = log.IntoContext(ctx, log.FromContext(ctx).WithValues("restore", request.NamespacedName))
 			r.run(ctx, key)
 		},
+		ended: r.again, object: o.DeepCopy(),
 	})
 	if !waits {
 		return ctrl.Result{}, nil
@@ -254,7 +259,7 @@ func (r *restores) fail(ctx context.Context, o *vmckptv1.VMRestore, key taskKey,
 // deleted brings a restore to its end that was deleted. One that has begun to overwrite memory is waited for.
 func (r *restores) deleted(ctx context.Context, o *vmckptv1.VMRestore, key taskKey) (ctrl.Result, error) {
 	if r.queue.cancel(key, errDeleted) {
-		return ctrl.Result{RequeueAfter: endingPoll}, nil
+		return ctrl.Result{}, nil // the end of the task brings it here again
 	}
 	r.retries.forget(key)
 	if !controllerutil.ContainsFinalizer(o, vmckptv1.Finalizer) {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -41,6 +42,7 @@ func TestMain(m *testing.M) {
 	guard.Main()
 	inject.Main()
 	supervise.Main(jobs.All(), func(err error) string { return string(jobs.CodeOf(err)) })
+	ctrl.SetLogger(logr.Discard())
 	os.Exit(shared.Main(m))
 }
 

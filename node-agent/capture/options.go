@@ -39,6 +39,10 @@ type Options struct {
 	// that pages are compared with; damage within its pages is found by verifying or restoring.
 	VerifyParent bool
 
+	// OtherKeys says that the repository's keys have been changed: images under others are passed over, and where no other is left to build
+	// on the image is a base. Without it they mean that the keys are the wrong ones, which is an error.
+	OtherKeys bool
+
 	// RecordDir is where the node keeps session records; default [dirty.DefaultRecordDir]. It must not outlive the boot.
 	RecordDir string
 

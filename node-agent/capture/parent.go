@@ -55,7 +55,7 @@ func (c *capture) chooseParent(ctx context.Context) (*image.Image, error) {
 			return img, nil
 		case err == nil:
 			img.Close() // another repository's image of that name
-		case !unfit(err):
+		case !unfit(err) && !(c.o.OtherKeys && errors.Is(err, image.ErrWrongKey)):
 			return nil, err
 		default:
 			c.result.Why = fmt.Sprintf("image %s, which tracking counts from, cannot be used: %v", tracked.Name, err)
@@ -65,7 +65,7 @@ func (c *capture) chooseParent(ctx context.Context) (*image.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := wrongKey(images); err != nil {
+	if err := wrongKey(images); err != nil && !c.o.OtherKeys {
 		return nil, err
 	}
 	var newest, unreadable *image.Summary

@@ -19,6 +19,7 @@ type CaptureRequest struct {
 	Parent        string            `json:"parent,omitempty"`
 	Compression   image.Compression `json:"compression"`
 	VerifyParent  bool              `json:"verifyParent,omitempty"`
+	OtherKeys     bool              `json:"otherKeys,omitempty"`
 	RecordDir     string            `json:"recordDir,omitempty"`
 	ResidueBudget time.Duration     `json:"residueBudget,omitempty"` // ns, as the next two
 	HoldBound     time.Duration     `json:"holdBound,omitempty"`
@@ -54,6 +55,7 @@ func runCapture(ctx context.Context, r CaptureRequest, progress func(any)) (*cap
 		PauseBound:    r.PauseBound,
 		Attributes:    r.Attributes,
 		VerifyParent:  r.VerifyParent,
+		OtherKeys:     r.OtherKeys,
 		// What a restore has half written is nobody's memory.
 		Admit:    func() error { return restore.Admit(ctx, target, recordDir(r.RecordDir)) },
 		Progress: func(p capture.Progress) { progress(p) },
