@@ -111,8 +111,7 @@ func (c *checkpoints) run(ctx context.Context, key taskKey) {
 		}
 		return
 	}
-	over := o.Status.StartTime.Add(o.Spec.Timeout.Duration)
-	work, cancel := context.WithDeadlineCause(ctx, over, errTimeout)
+	work, cancel := context.WithTimeoutCause(ctx, timeLeft(o.Status.StartTime, o.Spec.Timeout, c.o.Clock.Now()), errTimeout)
 	defer cancel()
 	outcome, err := c.work(work, o)
 	if err != nil {
@@ -134,6 +133,11 @@ func (c *checkpoints) run(ctx context.Context, key taskKey) {
 	}
 	logger.Info("a checkpoint is ready", "image", outcome.image.Name, "reason", outcome.reason)
 	c.event(o, eventNormal, outcome.reason, "Capture", outcome.message)
+}
+
+// timeLeft is what is left of an object's time. A clock that was put back gives it no more than it had.
+func timeLeft(start *metav1.Time, timeout metav1.Duration, now time.Time) time.Duration {
+	return min(start.Add(timeout.Duration).Sub(now), timeout.Duration)
 }
 
 // outcome is an image that is whole.
@@ -270,9 +274,12 @@ func (c *checkpoints) fail(ctx context.Context, o *vmckptv1.VMCheckpoint, key ta
 	}
 	c.o.Metrics.captures.WithLabelValues("", string(jobs.CodeOf(err))).Inc()
 	var wait time.Duration
+	if reason == vmckptv1.ReasonTimeout {
+		err = c.retries.timedOut(key, o.Spec.Timeout.Duration, err)
+	}
 	if what == retry {
-		wait = c.retries.after(key, c.o.Clock.Now(), c.o.RetryAfter)
-		if over := o.Status.StartTime.Add(o.Spec.Timeout.Duration); c.o.Clock.Now().Add(wait).After(over) {
+		wait = c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
+		if wait > timeLeft(o.Status.StartTime, o.Spec.Timeout, c.o.Clock.Now()) {
 			what = giveUp
 			err = fmt.Errorf("%w; there is no time left for another attempt (timeout %v)", err, o.Spec.Timeout.Duration)
 		}
@@ -347,7 +354,7 @@ func (c *checkpoints) deleted(ctx context.Context, o *vmckptv1.VMCheckpoint, key
 	}
 	if o.Spec.DeletionPolicy != vmckptv1.DeletionRetain {
 		if err := c.removeImage(ctx, o); err != nil {
-			wait := c.retries.after(key, c.o.Clock.Now(), c.o.RetryAfter)
+			wait := c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
 			err := change(ctx, c.Agent, o, c.ours, func(o *vmckptv1.VMCheckpoint) bool {
 				o.Waiting(vmckptv1.ReasonDeleting, fmt.Sprintf("its image cannot be removed: %v; tried again in %v. To let it go without, take the finalizer %s off", err, wait.Round(time.Second), vmckptv1.Finalizer), c.o.Clock.Now())
 				return true
@@ -418,13 +425,15 @@ type retries struct {
 type retryState struct {
 	failures int
 	next     time.Time
+	last     string // what the last failure was
 }
 
 // after notes a failure and returns how long is waited.
-func (r *retries) after(key taskKey, now time.Time, wait func(int) time.Duration) time.Duration {
+func (r *retries) after(key taskKey, failure error, now time.Time, wait func(int) time.Duration) time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := r.at[key]
+	s.last = failure.Error()
 	s.failures++
 	d := wait(s.failures)
 	s.next = now.Add(d)
@@ -440,6 +449,16 @@ func (r *retries) left(key taskKey, now time.Time) time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.at[key].next.Sub(now)
+}
+
+// timedOut says of an object whose time is over what was in the way, rather than what was interrupted.
+func (r *retries) timedOut(key taskKey, timeout time.Duration, err error) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if last := r.at[key].last; last != "" {
+		return fmt.Errorf("not done in %v; the attempt before failed: %s", timeout, last)
+	}
+	return fmt.Errorf("not done in %v: %w", timeout, err)
 }
 
 func (r *retries) forget(key taskKey) {

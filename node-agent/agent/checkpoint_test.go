@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/utils/clock"
 
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
 	"github.com/vmckpt/vmckpt/node-agent/agent"
@@ -259,6 +261,31 @@ func TestTimeout(t *testing.T) {
 		t.Errorf("homeless: %s", got)
 	}
 	goesOn(t, m)
+}
+
+// skewed is a clock that is wrong.
+type skewed struct {
+	clock.RealClock
+	by time.Duration
+}
+
+func (s skewed) Now() time.Time { return s.RealClock.Now().Add(s.by) }
+
+// TestClocks that are wrong, by hours and either way, do no harm: neither to a checkpoint nor to the next, by an agent whose clock was put back.
+func TestClocks(t *testing.T) {
+	r := newRig(t)
+	r.claim("claim")
+	_, vmi := r.machine("vm", false)
+	for i, by := range []time.Duration{5 * time.Hour, -5 * time.Hour} {
+		g := &gate{before: make(chan struct{}), reached: make(chan string, 8)}
+		stop := r.agent(node, func(o *agent.Options) { o.Engine, o.Clock = g, skewed{by: by} })
+		c := r.checkpoint(fmt.Sprintf("skewed-%d", i), vmi, nil)
+		<-g.reached
+		stop()
+		stop = r.agent(node, func(o *agent.Options) { o.Clock = skewed{by: min(by, 0)} })
+		r.ready(c, vmckptv1.ReasonCaptured)
+		stop()
+	}
 }
 
 // TestComesLater shows that what is missing is waited for.

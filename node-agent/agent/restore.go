@@ -97,7 +97,7 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 		}
 		return
 	}
-	timed, cancel := context.WithDeadlineCause(ctx, o.Status.StartTime.Add(o.Spec.Timeout.Duration), errTimeout)
+	timed, cancel := context.WithTimeoutCause(ctx, timeLeft(o.Status.StartTime, o.Spec.Timeout, r.o.Clock.Now()), errTimeout)
 	defer cancel()
 	work, committed, release := untilCommitted(timed)
 	defer release()
@@ -221,9 +221,12 @@ func (r *restores) fail(ctx context.Context, o *vmckptv1.VMRestore, key taskKey,
 	}
 	r.o.Metrics.restores.WithLabelValues(string(code)).Inc()
 	var wait time.Duration
+	if reason == vmckptv1.ReasonTimeout {
+		err = r.retries.timedOut(key, o.Spec.Timeout.Duration, err)
+	}
 	if what == retry {
-		wait = r.retries.after(key, r.o.Clock.Now(), r.o.RetryAfter)
-		if over := o.Status.StartTime.Add(o.Spec.Timeout.Duration); r.o.Clock.Now().Add(wait).After(over) {
+		wait = r.retries.after(key, err, r.o.Clock.Now(), r.o.RetryAfter)
+		if wait > timeLeft(o.Status.StartTime, o.Spec.Timeout, r.o.Clock.Now()) {
 			what = giveUp
 			err = fmt.Errorf("%w; there is no time left for another attempt (timeout %v)", err, o.Spec.Timeout.Duration)
 		}

@@ -144,9 +144,17 @@ func (r *rig) machine(name string, paused bool) (*machine.Machine, *kubevirtv1.V
 // agent starts an agent, which ends with the test or by stop.
 func (r *rig) agent(name string, change func(*agent.Options)) (stop func()) {
 	r.Helper()
+	return r.agentCounted(name, &counter{}, change)
+}
+
+func (r *rig) agentCounted(name string, calls *counter, change func(*agent.Options)) (stop func()) {
+	r.Helper()
+	server := r.server.Config()
+	server.WrapTransport = calls.wrap
+	server.QPS = -1 // as much as there is
 	mine := cache.ByObject{Field: fields.OneTermEqualSelector("status.nodeName", name)}
 	no := true
-	m, err := ctrl.NewManager(r.server.Config(), ctrl.Options{
+	m, err := ctrl.NewManager(server, ctrl.Options{
 		Scheme:     r.Scheme(),
 		Cache:      cache.Options{ByObject: map[client.Object]cache.ByObject{&vmckptv1.VMCheckpoint{}: mine, &vmckptv1.VMRestore{}: mine}},
 		Metrics:    metricsserver.Options{BindAddress: "0"},
@@ -199,6 +207,13 @@ func (r *rig) checkpoint(name string, vmi *kubevirtv1.VirtualMachineInstance, ch
 // restore makes a restore of an image on the claim and binds it.
 func (r *rig) restore(name, image string, vmi *kubevirtv1.VirtualMachineInstance, change func(*vmckptv1.VMRestore)) *vmckptv1.VMRestore {
 	r.Helper()
+	o := r.unbound(name, image, vmi, change)
+	r.bind(o, vmi)
+	return o
+}
+
+func (r *rig) unbound(name, image string, vmi *kubevirtv1.VirtualMachineInstance, change func(*vmckptv1.VMRestore)) *vmckptv1.VMRestore {
+	r.Helper()
 	o := &vmckptv1.VMRestore{ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: name, Finalizers: []string{vmckptv1.Finalizer}}}
 	o.Spec.Source.Volume = &vmckptv1.ImageRef{ClaimName: "claim", Image: image}
 	o.Spec.Target = vmckptv1.RestoreTarget{VMReference: vmckptv1.VMReference{Kind: vmckptv1.KindVirtualMachineInstance, Name: vmi.Name}}
@@ -206,11 +221,15 @@ func (r *rig) restore(name, image string, vmi *kubevirtv1.VirtualMachineInstance
 		change(o)
 	}
 	r.must(r.Create(r.Context(), o))
+	return o
+}
+
+func (r *rig) bind(o *vmckptv1.VMRestore, vmi *kubevirtv1.VirtualMachineInstance) {
+	r.Helper()
 	o.Status.NodeName, o.Status.VMIName, o.Status.VMIUID = node, vmi.Name, vmi.UID
 	o.Status.Image = o.Spec.Source.Volume
 	o.Waiting(vmckptv1.ReasonBound, "bound", time.Now())
 	r.must(r.Status().Update(r.Context(), o))
-	return o
 }
 
 // wait waits until the object is as it should be, and keeps the object up to date.
