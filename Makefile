@@ -25,7 +25,7 @@ BENCHFLAGS ?=
 
 .PHONY: help
 help: ## What can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Install, unpack and build all that tests need (needs root; quiet when all is there)
@@ -70,10 +70,16 @@ bench: setup ## What it costs, beside QEMU's own ways
 	go run ./test/bench $(BENCHFLAGS)
 
 .PHONY: demo
-demo: ## A real Debian guest captured while it works, killed, restored, going on
+demo: ## A real Debian guest captured while it works, killed, restored, going on: by kubectl
 	@hack/setup demo
 	@CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
 	@go run ./hack/demo
+
+.PHONY: demo-engine
+demo-engine: ## The same story by the command line, without Kubernetes
+	@hack/setup demo
+	@CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
+	@go run ./hack/demo -by vmckpt
 
 .PHONY: fuzz
 fuzz: ## Each fuzz target for FUZZTIME (30s)

@@ -1,15 +1,11 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -39,12 +35,22 @@ const (
 )
 
 func main() {
-	binary := flag.String("vmckpt", "bin/vmckpt", "the vmckpt to show")
+	by := flag.String("by", "kubectl", "kubectl: through Kubernetes' API; vmckpt: the command line alone")
+	bin := flag.String("bin", "bin", "the directory with the programs to show")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	d := &demo{ctx: ctx, begin: time.Now()}
-	err := d.run(*binary)
+	switch *by {
+	case "kubectl":
+		d.way = &cluster{demo: d}
+	case "vmckpt":
+		d.way = &commandLine{demo: d}
+	default:
+		fmt.Fprintf(os.Stderr, "demo: -by %s: want kubectl or vmckpt\n", *by)
+		os.Exit(2)
+	}
+	err := d.run(*bin)
 	if err := d.close(); err != nil {
 		fmt.Fprintln(os.Stderr, "demo: clean up:", err)
 	}
@@ -64,9 +70,9 @@ type demo struct {
 	ctx   context.Context
 	begin time.Time
 
-	binary  string
+	way     way
+	bin     string
 	dir     string // repository, keys, records
-	env     []string
 	libvirt *machine.Libvirt
 	guest   machine.Linux
 	machine *machine.Machine
@@ -77,6 +83,22 @@ type demo struct {
 	checks []*check
 }
 
+// way is how the commands of the story are given.
+type way interface {
+	// prepare makes ready what is needed, with the guest at work.
+	prepare() error
+	// capture takes a checkpoint and says what came of it.
+	capture(name string) (captureResult, error)
+	// list shows the images, and has the last one verified.
+	list(last string) error
+	// replaced says that another machine, fresh and paused, has taken the place of the one that was killed.
+	replaced() error
+	// restore puts an image into the machine, and lets it run.
+	restore(image string, inPlace bool) error
+	// close ends what was started.
+	close() error
+}
+
 // shot is an image, and what the guest said right before and after it was taken.
 type shot struct {
 	name          string
@@ -84,7 +106,7 @@ type shot struct {
 	result        captureResult
 }
 
-// captureResult is what the demo reads of `vmckpt capture --output json`.
+// captureResult is what the demo shows of a checkpoint: a part of what `vmckpt capture --output json` prints.
 type captureResult struct {
 	Kind     string        `json:"kind"`
 	Duration time.Duration `json:"duration"`
@@ -108,20 +130,19 @@ type check struct {
 	what        string
 	image       *shot
 	was         string        // where the machine was before
+	at          uint64        // its count then; 0: it had not run
 	took, until time.Duration // of the command; from its beginning until the guest counted on
 	counts      []workload.State
 	problem     error // what is wrong with that, if anything is
 }
 
-func (d *demo) run(binary string) (err error) {
-	if d.binary, err = filepath.Abs(binary); err != nil {
+func (d *demo) run(bin string) (err error) {
+	if d.bin, err = filepath.Abs(bin); err != nil {
 		return err
 	}
 	if d.dir, err = os.MkdirTemp("", "vmckpt-demo-"); err != nil {
 		return err
 	}
-	d.env = append(os.Environ(), "VMCKPT_REPO="+filepath.Join(d.dir, "repository"), "VMCKPT_KEY="+filepath.Join(d.dir, "key"))
-
 	d.say("Debian's cloud kernel boots, 1 GiB, in a QEMU that libvirt runs (TCG)")
 	if d.libvirt, err = machine.LaunchLibvirt(d.ctx); err != nil {
 		return err
@@ -138,7 +159,7 @@ func (d *demo) run(binary string) (err error) {
 	if err := d.countedTo(1); err != nil {
 		return err
 	}
-	if err := d.vmckpt(nil, "init"); err != nil {
+	if err := d.way.prepare(); err != nil {
 		return err
 	}
 
@@ -157,10 +178,7 @@ func (d *demo) run(binary string) (err error) {
 			return err
 		}
 	}
-	if err := d.vmckpt(nil, "list"); err != nil {
-		return err
-	}
-	if err := d.vmckpt(nil, "verify", "second"); err != nil {
+	if err := d.way.list("second"); err != nil {
 		return err
 	}
 
@@ -179,7 +197,10 @@ func (d *demo) run(binary string) (err error) {
 		if d.machine, err = d.libvirt.Launch(d.ctx, twin); err != nil {
 			return err
 		}
-		if err := d.restore("restored", "not started", s, "restore", s.name, "demo_web", "--record-dir", d.dir); err != nil {
+		if err := d.way.replaced(); err != nil {
+			return err
+		}
+		if err := d.restore("restored", "not started", s, 0); err != nil {
 			return err
 		}
 	}
@@ -195,7 +216,7 @@ func (d *demo) run(binary string) (err error) {
 		return err
 	}
 	fmt.Printf("    the guest is at count %d; %q was taken between %d and %d\n", now.Count, second.name, second.before.Count, second.after.Count)
-	if err := d.restore("rolled back", fmt.Sprintf("at %d", now.Count), second, "restore", second.name, "demo_web", "--in-place", "--full-compare", "--record-dir", d.dir); err != nil {
+	if err := d.restore("rolled back", fmt.Sprintf("at %d", now.Count), second, now.Count); err != nil {
 		return err
 	}
 	d.table()
@@ -207,7 +228,7 @@ func (d *demo) run(binary string) (err error) {
 }
 
 func (d *demo) close() error {
-	var errs []error
+	errs := []error{d.way.close()}
 	for _, m := range append(d.killed, d.machine) {
 		if m != nil {
 			errs = append(errs, m.Close())
@@ -225,34 +246,6 @@ func (d *demo) close() error {
 // say tells what comes next.
 func (d *demo) say(format string, args ...any) {
 	fmt.Printf("\n[%4.1fs] %s\n", time.Since(d.begin).Seconds(), fmt.Sprintf(format, args...))
-}
-
-// vmckpt runs a command as a user would. With result, its answer is asked for as JSON and put there.
-func (d *demo) vmckpt(result any, args ...string) error {
-	fmt.Printf("  $ vmckpt %s\n", strings.Join(args, " "))
-	if result != nil {
-		args = append(args, "--output", "json")
-	}
-	var answer bytes.Buffer
-	cmd := exec.CommandContext(d.ctx, d.binary, args...)
-	cmd.Env = d.env
-	cmd.Stdout, cmd.Stderr = &answer, os.Stderr
-	// An interrupt at the terminal comes to it by us, once: a second one would end its worker at once.
-	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
-	err := cmd.Run()
-	if result == nil {
-		io.WriteString(os.Stdout, "    "+strings.ReplaceAll(strings.TrimRight(answer.String(), "\n"), "\n", "\n    ")+"\n")
-	}
-	if err != nil {
-		return fmt.Errorf("vmckpt %s: %w", strings.Join(args, " "), err)
-	}
-	if result != nil {
-		if err := json.Unmarshal(answer.Bytes(), result); err != nil {
-			return fmt.Errorf("the answer of vmckpt %s: %w", args[0], err)
-		}
-	}
-	return nil
 }
 
 // ask speaks with the guest over its channel.
@@ -302,7 +295,7 @@ func (d *demo) capture(name string) (err error) {
 	if s.before, err = d.state(); err != nil {
 		return err
 	}
-	if err := d.vmckpt(&s.result, "capture", "demo_web", "--name", name, "--record-dir", d.dir); err != nil {
+	if s.result, err = d.way.capture(name); err != nil {
 		return err
 	}
 	if s.after, err = d.state(); err != nil {
@@ -321,28 +314,20 @@ func (d *demo) capture(name string) (err error) {
 	return nil
 }
 
-// restore restores an image, lets the guest run, and looks at what it prints. What is wrong with that is noted with the check; the error
-// is for what keeps the demo from going on.
-func (d *demo) restore(what, was string, s *shot, args ...string) error {
+// restore restores an image, lets the guest run, and looks at what it prints. A guest that is rolled back was at count at, else at 0. What is
+// wrong with what it prints is noted with the check; the error is for what keeps the demo from going on.
+func (d *demo) restore(what, was string, s *shot, at uint64) error {
 	begin := time.Now()
-	if err := d.vmckpt(nil, args...); err != nil {
-		return err
-	}
-	c := &check{what: what, image: s, was: was, took: time.Since(begin)}
-	d.checks = append(d.checks, c)
-	// The machine stands still, so all that comes now is of the guest restored: after the line that is not at its end, if there is one.
 	lines, err := d.machine.Serial.Lines()
 	if err != nil {
 		return err
 	}
 	d.since = len(lines)
-	if what == "rolled back" {
-		d.since++
-	}
-	fmt.Println("    it stands still, and is let run by its owner (virsh resume, cont)")
-	if err := d.machine.Continue(d.ctx); err != nil {
+	if err := d.way.restore(s.name, at != 0); err != nil {
 		return err
 	}
+	c := &check{what: what, image: s, was: was, at: at, took: time.Since(begin)}
+	d.checks = append(d.checks, c)
 	c.problem = d.goesOn(c, begin)
 	if c.problem == nil {
 		_, c.problem = d.state() // on its channel it answers too
@@ -364,7 +349,10 @@ func (d *demo) goesOn(c *check, begin time.Time) error {
 	for len(c.counts) < following {
 		// The guest checks its whole buffer at each count, and says so when a byte of it is wrong.
 		line, n, err := d.machine.Serial.WaitLine(ctx, from, func(line string) bool {
-			_, ok := workload.ParseState(line)
+			s, ok := workload.ParseState(line)
+			if len(c.counts) == 0 && ok && c.at != 0 && s.Count >= c.at {
+				return false // of before it was rolled back
+			}
 			return ok || strings.Contains(line, "CORRUPT")
 		})
 		if err != nil {
@@ -379,6 +367,7 @@ func (d *demo) goesOn(c *check, begin time.Time) error {
 			return fmt.Errorf("the guest's buffer at count %d has hash %016x, and must have %016x", s.Count, s.Hash, want)
 		}
 		if len(c.counts) == 0 {
+			d.since = n
 			c.until = time.Since(begin)
 			if least, most := c.image.before.Count, c.image.after.Count+firstCounts; s.Count < least || s.Count > most {
 				return fmt.Errorf("the guest counts from %d; after the image's instant it is %d to %d", s.Count, least, most)

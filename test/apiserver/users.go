@@ -67,3 +67,6 @@ func (s *Server) Kubectl(t testing.TB, args ...string) string {
 	}
 	return string(out)
 }
+
+// KubectlPath returns where kubectl is.
+func (s *Server) KubectlPath() string { return s.programs.Kubectl }
