@@ -3,14 +3,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 
+	"github.com/spf13/pflag"
+
 	"k8s.io/apimachinery/pkg/fields"
-	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
-	kubevirtv1 "kubevirt.io/api/core/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -19,6 +19,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
+	"github.com/vmckpt/vmckpt/cmd/internal/settings"
 	"github.com/vmckpt/vmckpt/node-agent/agent"
 	"github.com/vmckpt/vmckpt/node-agent/guard"
 	"github.com/vmckpt/vmckpt/node-agent/inject"
@@ -33,6 +34,9 @@ func main() {
 	supervise.Main(jobs.All(), func(err error) string { return string(jobs.CodeOf(err)) })
 
 	o, err := parseOptions(os.Args[1:], os.Getenv)
+	if errors.Is(err, pflag.ErrHelp) {
+		return
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "node-agent:", err)
 		os.Exit(2)
@@ -44,18 +48,16 @@ func main() {
 }
 
 func run(ctx context.Context, o *options) error {
-	logger := o.logger()
+	logger := o.Logger()
 	ctrl.SetLogger(logger)
 	if err := agent.Lock(ctx, o.RunDir); err != nil {
 		return err
 	}
-	scheme := runtime.NewScheme()
-	for _, add := range []func(*runtime.Scheme) error{clientgoscheme.AddToScheme, kubevirtv1.AddToScheme, vmckptv1.AddToScheme} {
-		if err := add(scheme); err != nil {
-			return err
-		}
+	scheme, err := settings.Scheme()
+	if err != nil {
+		return err
 	}
-	config, err := o.config()
+	config, err := o.Config()
 	if err != nil {
 		return err
 	}

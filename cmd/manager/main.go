@@ -1,0 +1,105 @@
+// Command manager runs VMckpt's controllers: they check what is asked for and bind it to nodes.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/pflag"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/utils/clock"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/healthz"
+	"sigs.k8s.io/controller-runtime/pkg/metrics"
+	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
+
+	"github.com/vmckpt/vmckpt/cmd/internal/settings"
+	"github.com/vmckpt/vmckpt/controllers/checkpoint"
+	"github.com/vmckpt/vmckpt/controllers/keys"
+	"github.com/vmckpt/vmckpt/controllers/restore"
+	"github.com/vmckpt/vmckpt/controllers/totals"
+)
+
+// options are the manager's settings.
+type options struct {
+	settings.Common
+	LeaderElection bool
+}
+
+func parseOptions(args []string, getenv func(string) string) (*options, error) {
+	o := &options{}
+	flags := pflag.NewFlagSet("manager", pflag.ContinueOnError)
+	flags.BoolVar(&o.LeaderElection, "leader-elect", true, "of several managers let one work at a time")
+	o.AddTo(flags, getenv)
+	if err := o.Parse(flags, args); err != nil {
+		return nil, err
+	}
+	return o, nil
+}
+
+func main() {
+	o, err := parseOptions(os.Args[1:], os.Getenv)
+	if errors.Is(err, pflag.ErrHelp) {
+		return
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "manager:", err)
+		os.Exit(2)
+	}
+	if err := run(ctrl.SetupSignalHandler(), o); err != nil {
+		fmt.Fprintln(os.Stderr, "manager:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, o *options) error {
+	logger := o.Logger()
+	ctrl.SetLogger(logger)
+	scheme, err := settings.Scheme()
+	if err != nil {
+		return err
+	}
+	config, err := o.Config()
+	if err != nil {
+		return err
+	}
+	manager, err := ctrl.NewManager(config, ctrl.Options{
+		Scheme: scheme,
+		Logger: logger,
+		// Of Secrets there is one to be looked at: none is watched.
+		Client:                        client.Options{Cache: &client.CacheOptions{DisableFor: []client.Object{&corev1.Secret{}}}},
+		Metrics:                       metricsserver.Options{BindAddress: o.MetricsAddress},
+		HealthProbeBindAddress:        o.ProbeAddress,
+		GracefulShutdownTimeout:       &o.GracePeriod,
+		LeaderElection:                o.LeaderElection,
+		LeaderElectionID:              "manager.vmckpt.io",
+		LeaderElectionNamespace:       o.Namespace,
+		LeaderElectionReleaseOnCancel: true,
+	})
+	if err != nil {
+		return err
+	}
+	if err := (&checkpoint.Reconciler{Client: manager.GetClient(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
+		return err
+	}
+	if err := (&restore.Reconciler{Client: manager.GetClient(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
+		return err
+	}
+	if err := manager.Add(&keys.Maker{Client: manager.GetClient(), Namespace: o.Namespace, Name: o.KeysSecret}); err != nil {
+		return err
+	}
+	if err := metrics.Registry.Register(&totals.Collector{Reader: manager.GetClient()}); err != nil {
+		return err
+	}
+	if err := manager.AddHealthzCheck("ping", healthz.Ping); err != nil {
+		return err
+	}
+	if err := manager.AddReadyzCheck("ping", healthz.Ping); err != nil {
+		return err
+	}
+	logger.Info("the manager begins", "namespace", o.Namespace)
+	return manager.Start(ctx)
+}

@@ -1,0 +1,53 @@
+// Package keys makes the operator's keys where there are none.
+package keys
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+)
+
+// Maker makes the Secret with the keys of repositories, once, if there is none. It never changes one: without its keys no image can be read.
+type Maker struct {
+	Client    client.Client
+	Namespace string
+	Name      string
+}
+
+// note stands in the Secret, for whoever finds it.
+const note = "Keys of VMckpt's repositories: without them no image can be read. Keep a copy elsewhere. " +
+	"To change keys, add an entry and name it in \"current\"; leave the old ones as long as their images are needed."
+
+// Start makes the Secret; it runs where the controllers do, once.
+func (k *Maker) Start(ctx context.Context) error {
+	secret := &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Namespace: k.Namespace, Name: k.Name, Annotations: map[string]string{"vmckpt.io/note": note}},
+	}
+	err := k.Client.Get(ctx, client.ObjectKeyFromObject(secret), &corev1.Secret{})
+	if err == nil {
+		return nil
+	}
+	if !apierrors.IsNotFound(err) {
+		return fmt.Errorf("look for the keys in Secret %s/%s: %w", k.Namespace, k.Name, err)
+	}
+	var key [32]byte
+	if _, err := rand.Read(key[:]); err != nil {
+		return err
+	}
+	secret.StringData = map[string]string{"current": "key-1", "key-1": "secret " + hex.EncodeToString(key[:]) + "\n"}
+	if err := k.Client.Create(ctx, secret); err != nil && !apierrors.IsAlreadyExists(err) {
+		return fmt.Errorf("make the keys in Secret %s/%s: %w", k.Namespace, k.Name, err)
+	}
+	ctrl.LoggerFrom(ctx).Info("keys were made; keep a copy of them elsewhere", "secret", k.Namespace+"/"+k.Name)
+	return nil
+}
+
+// NeedLeaderElection says that one manager is enough.
+func (k *Maker) NeedLeaderElection() bool { return true }

@@ -1,0 +1,237 @@
+package restore
+
+import (
+	"context"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
+	"k8s.io/utils/clock"
+	kubevirtv1 "kubevirt.io/api/core/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
+	"github.com/vmckpt/vmckpt/controllers/claim"
+	"github.com/vmckpt/vmckpt/controllers/verdict"
+	"github.com/vmckpt/vmckpt/controllers/vm"
+)
+
+// Reconciler binds restores to nodes.
+type Reconciler struct {
+	Client client.Client
+	Events events.EventRecorder
+	Clock  clock.Clock
+}
+
+// Indexes by which restores are found for what changed.
+const (
+	byMachine    = "spec.target.name"
+	byCheckpoint = "spec.source.checkpointName"
+	byClaim      = "claim" // that of the image, once it is known
+)
+
+// SetupWithManager adds the reconciler to a manager.
+func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error {
+	indexer := m.GetFieldIndexer()
+	for field, value := range map[string]func(*vmckptv1.VMRestore) string{
+		byMachine:    func(o *vmckptv1.VMRestore) string { return o.Spec.Target.Name },
+		byCheckpoint: func(o *vmckptv1.VMRestore) string { return o.Spec.Source.CheckpointName },
+		byClaim: func(o *vmckptv1.VMRestore) string {
+			if o.Status.Image == nil {
+				return ""
+			}
+			return o.Status.Image.ClaimName
+		},
+	} {
+		err := indexer.IndexField(ctx, &vmckptv1.VMRestore{}, field, func(o client.Object) []string {
+			restore := o.(*vmckptv1.VMRestore)
+			if v := value(restore); v != "" && !restore.Done() && restore.Status.NodeName == "" {
+				return []string{v}
+			}
+			return nil // nothing wakes it
+		})
+		if err != nil {
+			return fmt.Errorf("index restores by %s: %w", field, err)
+		}
+	}
+	waking := func(field string, value func(client.Object) string) handler.EventHandler {
+		return handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
+			return r.waiting(ctx, o.GetNamespace(), field, value(o))
+		})
+	}
+	return ctrl.NewControllerManagedBy(m).Named("restore").For(&vmckptv1.VMRestore{}).
+		Watches(&kubevirtv1.VirtualMachine{}, waking(byMachine, client.Object.GetName)).
+		Watches(&kubevirtv1.VirtualMachineInstance{}, waking(byMachine, client.Object.GetName)).
+		Watches(&vmckptv1.VMCheckpoint{}, waking(byCheckpoint, client.Object.GetName)).
+		Watches(&vmckptv1.VMRestore{}, waking(byMachine, func(o client.Object) string { return o.(*vmckptv1.VMRestore).Spec.Target.Name })).
+		Watches(&corev1.PersistentVolumeClaim{}, waking(byClaim, client.Object.GetName)).
+		WithOptions(controller.Options{MaxConcurrentReconciles: 4}).Complete(r)
+}
+
+// waiting lists the restores of a namespace that wait for what a field names.
+func (r *Reconciler) waiting(ctx context.Context, namespace, field, value string) []reconcile.Request {
+	var list vmckptv1.VMRestoreList
+	if err := r.Client.List(ctx, &list, client.InNamespace(namespace), client.MatchingFields{field: value}); err != nil {
+		ctrl.LoggerFrom(ctx).Error(err, "list the restores that wait", "namespace", namespace, "for", value)
+		return nil
+	}
+	var requests []reconcile.Request
+	for i := range list.Items {
+		requests = append(requests, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
+	}
+	return requests
+}
+
+// Reconcile brings a restore one step on.
+func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
+	o := &vmckptv1.VMRestore{}
+	if err := r.Client.Get(ctx, request.NamespacedName, o); err != nil {
+		return ctrl.Result{}, client.IgnoreNotFound(err)
+	}
+	if o.DeletionTimestamp != nil {
+		return ctrl.Result{}, r.deleted(ctx, o)
+	}
+	if o.Done() || o.Status.NodeName != "" {
+		return ctrl.Result{}, nil
+	}
+	if controllerutil.AddFinalizer(o, vmckptv1.Finalizer) {
+		return ctrl.Result{}, r.Client.Update(ctx, o) // which brings it here again
+	}
+	before := o.Status.DeepCopy()
+	vmi, v, err := r.place(ctx, o)
+	switch {
+	case err != nil:
+		return ctrl.Result{}, err
+	case v != nil:
+		return ctrl.Result{}, r.say(ctx, o, before, v)
+	}
+	return ctrl.Result{}, r.bind(ctx, o, vmi)
+}
+
+// place finds the image and the instance for a restore, or what stands against it.
+func (r *Reconciler) place(ctx context.Context, o *vmckptv1.VMRestore) (*kubevirtv1.VirtualMachineInstance, *verdict.Verdict, error) {
+	if v, err := r.image(ctx, o); v != nil || err != nil {
+		return nil, v, err
+	}
+	vmi, v, err := vm.Running(ctx, r.Client, o.Namespace, o.Spec.Target.VMReference)
+	if v != nil || err != nil {
+		return nil, v, err
+	}
+	if o.Spec.Target.Mode == vmckptv1.RestorePaused && !vm.Paused(vmi) {
+		return nil, verdict.Wait(vmckptv1.ReasonWaitingForVM, fmt.Sprintf(
+			"virtual machine %s/%s runs, and the restore is for one that stands paused: start it paused, or roll it back with mode InPlace", o.Namespace, vmi.Name)), nil
+	}
+	if v, err := r.turn(ctx, o); v != nil || err != nil {
+		return nil, v, err
+	}
+	name := types.NamespacedName{Namespace: o.Namespace, Name: o.Status.Image.ClaimName}
+	pv, v, err := claim.Usable(ctx, r.Client, name)
+	if v != nil || err != nil {
+		return nil, v, err
+	}
+	v, err = claim.OnNode(ctx, r.Client, name, pv, vmi.Status.NodeName)
+	return vmi, v, err
+}
+
+// image finds out what is to be restored.
+func (r *Reconciler) image(ctx context.Context, o *vmckptv1.VMRestore) (*verdict.Verdict, error) {
+	if v := o.Spec.Source.Volume; v != nil {
+		o.Status.Image = v.DeepCopy()
+		return nil, nil
+	}
+	name := types.NamespacedName{Namespace: o.Namespace, Name: o.Spec.Source.CheckpointName}
+	c := &vmckptv1.VMCheckpoint{}
+	if err := r.Client.Get(ctx, name, c); apierrors.IsNotFound(err) {
+		return verdict.Wait(vmckptv1.ReasonWaiting, fmt.Sprintf("there is no checkpoint %s", name.Name)), nil
+	} else if err != nil {
+		return nil, fmt.Errorf("read checkpoint %v: %w", name, err)
+	}
+	switch {
+	case c.DeletionTimestamp != nil:
+		return verdict.Wait(vmckptv1.ReasonWaiting, fmt.Sprintf("checkpoint %s is being deleted", name.Name)), nil
+	case c.Done() && !c.Ready():
+		return verdict.Refuse("CheckpointFailed", fmt.Sprintf("checkpoint %s has failed, and cannot be restored", name.Name)), nil
+	case !c.Ready() || c.Status.Image == nil:
+		return verdict.Wait(vmckptv1.ReasonWaiting, fmt.Sprintf("checkpoint %s is not ready yet", name.Name)), nil
+	}
+	o.Status.Image = &vmckptv1.ImageRef{ClaimName: c.Spec.Storage.ClaimName, Image: c.Status.Image.Name}
+	o.Status.Digest = c.Status.Image.Digest
+	return nil, nil
+}
+
+// turn lets older restores of the same machine go first.
+func (r *Reconciler) turn(ctx context.Context, o *vmckptv1.VMRestore) (*verdict.Verdict, error) {
+	var list vmckptv1.VMRestoreList
+	if err := r.Client.List(ctx, &list, client.InNamespace(o.Namespace)); err != nil {
+		return nil, fmt.Errorf("list the restores: %w", err)
+	}
+	for i := range list.Items {
+		other := &list.Items[i]
+		if other.UID == o.UID || other.Done() || other.Spec.Target.Name != o.Spec.Target.Name {
+			continue
+		}
+		// What waits for a checkpoint that may never come is passed by.
+		if other.Status.NodeName != "" || older(other, o) && other.Status.Image != nil {
+			return verdict.Wait(vmckptv1.ReasonRestoring, fmt.Sprintf("restore %s of the same virtual machine comes first", other.Name)), nil
+		}
+	}
+	return nil, nil
+}
+
+func older(a, b *vmckptv1.VMRestore) bool {
+	if !a.CreationTimestamp.Equal(&b.CreationTimestamp) {
+		return a.CreationTimestamp.Before(&b.CreationTimestamp)
+	}
+	return a.Name < b.Name
+}
+
+// say puts a verdict into the conditions, if it is news.
+func (r *Reconciler) say(ctx context.Context, o *vmckptv1.VMRestore, before *vmckptv1.VMRestoreStatus, v *verdict.Verdict) error {
+	now, kind := r.Clock.Now(), corev1.EventTypeNormal
+	if v.Final {
+		o.Failed(v.Reason, v.Message, now)
+		kind = corev1.EventTypeWarning
+	} else {
+		known := meta.FindStatusCondition(before.Conditions, vmckptv1.ConditionReady)
+		if known != nil && known.Reason == v.Reason && known.Message == v.Message && (before.Image == nil) == (o.Status.Image == nil) {
+			return nil
+		}
+		o.Waiting(v.Reason, v.Message, now)
+	}
+	if err := r.Client.Status().Update(ctx, o); err != nil {
+		return client.IgnoreNotFound(err)
+	}
+	r.Events.Eventf(o, nil, kind, v.Reason, "Bind", "%s", v.Message)
+	return nil
+}
+
+// bind gives the restore to the agent of the machine's node.
+func (r *Reconciler) bind(ctx context.Context, o *vmckptv1.VMRestore, vmi *kubevirtv1.VirtualMachineInstance) error {
+	o.Status.NodeName, o.Status.VMIName, o.Status.VMIUID, o.Status.StartTime = vmi.Status.NodeName, vmi.Name, vmi.UID, nil
+	o.Waiting(vmckptv1.ReasonBound, fmt.Sprintf("bound to node %s, whose agent has not taken it yet", vmi.Status.NodeName), r.Clock.Now())
+	if err := r.Client.Status().Update(ctx, o); err != nil {
+		return client.IgnoreNotFound(err)
+	}
+	r.Events.Eventf(o, nil, corev1.EventTypeNormal, vmckptv1.ReasonBound, "Bind", "bound to node %s", vmi.Status.NodeName)
+	return nil
+}
+
+// deleted takes the finalizer off where no agent has to do anything.
+func (r *Reconciler) deleted(ctx context.Context, o *vmckptv1.VMRestore) error {
+	if o.Status.NodeName != "" && !o.Done() {
+		return nil // the agent's
+	}
+	before := o.DeepCopy()
+	if !controllerutil.RemoveFinalizer(o, vmckptv1.Finalizer) {
+		return nil
+	}
+	return client.IgnoreNotFound(r.Client.Patch(ctx, o, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})))
+}
