@@ -277,6 +277,10 @@ type VMCheckpointStatus struct {
 	// +optional
 	CompletionTime *metav1.Time `json:"completionTime,omitempty"`
 
+	// duration is how long the capture took.
+	// +optional
+	Duration *metav1.Duration `json:"duration,omitempty"`
+
 	// progress of the work at hand; gone when it is done.
 	// +optional
 	Progress *Progress `json:"progress,omitempty"`

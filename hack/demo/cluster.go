@@ -180,7 +180,7 @@ func (c *cluster) capture(name string) (captureResult, error) {
 	}
 	s := o.Status
 	result.Kind = strings.ToLower(string(s.Image.Kind))
-	result.Duration, result.Downtime = s.CompletionTime.Sub(s.StartTime.Time), s.Downtime.Duration
+	result.Duration, result.Downtime = s.Duration.Duration, s.Downtime.Duration
 	result.OwnBytes, result.Pages.Written = s.Size.Value(), uint64(s.Memory.WrittenPages)
 	return result, nil
 }

@@ -332,6 +332,7 @@ func (r *outcome) describe(o *vmckptv1.VMCheckpoint) {
 		return
 	}
 	s.InstantTime = &metav1.MicroTime{Time: c.Instant}
+	s.Duration = &metav1.Duration{Duration: c.Duration.Round(time.Millisecond)}
 	s.Downtime = &metav1.Duration{Duration: c.Downtime.Round(10 * time.Microsecond)}
 	s.DirtySource, s.Note = clip(c.Source, 64), clip(c.Why, 1024)
 	s.Pauses = nil
