@@ -50,9 +50,11 @@ func main() {
 func run(ctx context.Context, o *options) error {
 	logger := o.Logger()
 	ctrl.SetLogger(logger)
-	if err := agent.Lock(ctx, o.RunDir); err != nil {
+	lock, err := agent.Lock(ctx, o.RunDir)
+	if err != nil {
 		return err
 	}
+	defer lock.Close()
 	scheme, err := settings.Scheme()
 	if err != nil {
 		return err

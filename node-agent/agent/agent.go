@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
@@ -105,27 +106,28 @@ func (s shutdown) Start(ctx context.Context) error {
 	return nil
 }
 
-// Lock makes this the only agent of the node, waiting for another to end: two would work on one machine. It holds until the process ends.
-func Lock(ctx context.Context, dir string) error {
+// Lock makes this the only agent of the node, waiting for another to end: two would work on one machine. It holds until the file is closed, by
+// the end of the process if by nothing else.
+func Lock(ctx context.Context, dir string) (io.Closer, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("lock the node: %w", err)
+		return nil, fmt.Errorf("lock the node: %w", err)
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "agent.lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
-		return fmt.Errorf("lock the node: %w", err)
+		return nil, fmt.Errorf("lock the node: %w", err)
 	}
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			return nil // f stays open for good
+			return f, nil
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("lock the node: %w", err)
+			return nil, fmt.Errorf("lock the node: %w", err)
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("lock the node: another agent is at work: %w", ctx.Err())
+			return nil, fmt.Errorf("lock the node: another agent is at work: %w", ctx.Err())
 		}
 	}
 }

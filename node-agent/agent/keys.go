@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -31,6 +32,8 @@ type KeyRing struct {
 
 	// Dir, in memory and this process's alone, is where workers find them as files.
 	Dir string
+
+	mu sync.Mutex // over Dir
 }
 
 // keyFiles are the paths of the key files: the current one, and all with it in front.
@@ -52,6 +55,8 @@ func (k *KeyRing) files(ctx context.Context) (keyFiles, error) {
 	if _, ok := secret.Data[current]; !ok || current == currentEntry {
 		return fail(fmt.Errorf("entry %q says %q, and there is no such entry", currentEntry, current))
 	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	if err := os.MkdirAll(k.Dir, 0o700); err != nil {
 		return fail(err)
 	}
