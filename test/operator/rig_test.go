@@ -148,7 +148,7 @@ func (r *rig) start(name string, args ...string) *program {
 	return p
 }
 
-func (r *rig) manager() *program { return r.start("manager") }
+func (r *rig) manager() *program { return r.start("manager", "--leader-elect-lease-duration", "3s") }
 
 func (r *rig) agent() *program {
 	return r.start("node-agent", "--node-name", node, "--run-dir", filepath.Join(r.dir, "run"), "--record-dir", filepath.Join(r.dir, "records"))
