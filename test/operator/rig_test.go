@@ -135,7 +135,7 @@ func (r *rig) start(name string, args ...string) *program {
 	p.cmd = exec.Command(filepath.Join(programs, name), append(args, "--kubeconfig", r.config["vmckpt-"+name], "--namespace", system,
 		"--metrics-bind-address", p.metrics, "--health-probe-bind-address", p.probes, "--log-format", "text", "--verbose")...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
-	p.cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
+	p.cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	r.must(p.cmd.Start())
 	r.Cleanup(func() {
 		p.kill()
@@ -148,7 +148,7 @@ func (r *rig) start(name string, args ...string) *program {
 	return p
 }
 
-func (r *rig) manager() *program { return r.start("manager", "--leader-elect-lease-duration", "3s") }
+func (r *rig) manager() *program { return r.start("manager", "--leader-elect-lease-duration", "5s") }
 
 func (r *rig) agent() *program {
 	return r.start("node-agent", "--node-name", node, "--run-dir", filepath.Join(r.dir, "run"), "--record-dir", filepath.Join(r.dir, "records"))
@@ -180,7 +180,7 @@ func (p *program) get(address, path string) string {
 			text, err := io.ReadAll(response.Body)
 			response.Body.Close()
 			if err == nil && response.StatusCode == http.StatusOK {
-				return string(text)
+				return string(text[max(0, len(text)-6000):])
 			}
 		}
 		if time.Now().After(until) {
