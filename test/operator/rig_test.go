@@ -180,7 +180,7 @@ func (p *program) get(address, path string) string {
 			text, err := io.ReadAll(response.Body)
 			response.Body.Close()
 			if err == nil && response.StatusCode == http.StatusOK {
-				return string(text[max(0, len(text)-6000):])
+				return string(text)
 			}
 		}
 		if time.Now().After(until) {
