@@ -90,6 +90,7 @@ func run(ctx context.Context, o *options) error {
 			Secret: types.NamespacedName{Namespace: o.Namespace, Name: o.KeysSecret},
 			Dir:    o.RunDir + "/keys",
 		},
+		NotesDir:  o.RunDir + "/notes",
 		RecordDir: o.RecordDir,
 		Slots:     o.Slots,
 		Metrics:   counted,

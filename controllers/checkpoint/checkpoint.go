@@ -3,6 +3,7 @@ package checkpoint
 import (
 	"context"
 	"fmt"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -35,6 +36,9 @@ const (
 	byMachine = "spec.source.name"
 	byClaim   = "spec.storage.claimName"
 )
+
+// claimEvery is how often is looked again at a claim that a node does not reach.
+const claimEvery = time.Minute
 
 // SetupWithManager adds the reconciler to a manager.
 func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error {
@@ -109,6 +113,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.
 	switch {
 	case err != nil:
 		return ctrl.Result{}, err
+	case v != nil && v.Reason == vmckptv1.ReasonClaim && !v.Final:
+		return ctrl.Result{RequeueAfter: claimEvery}, r.say(ctx, c, v) // nodes and their labels are not watched
 	case v != nil:
 		return ctrl.Result{}, r.say(ctx, c, v)
 	}
@@ -162,8 +168,9 @@ func (r *Reconciler) restoreFirst(ctx context.Context, c *vmckptv1.VMCheckpoint,
 		if o.Done() || o.DeletionTimestamp != nil || o.Spec.Target.Name != vmi.Name {
 			continue
 		}
-		// One that waits for this very checkpoint does not come before it; nor does one for a machine that stands paused, as long as this one runs.
-		if o.Status.NodeName == "" && (o.Spec.Source.CheckpointName == c.Name || o.Spec.Target.Mode == vmckptv1.RestorePaused && !vm.Paused(vmi)) {
+		// One that waits for a checkpoint, this very one perhaps, does not come before it; nor does one for a machine that stands paused, as long
+		// as this one runs.
+		if o.Status.NodeName == "" && (o.Status.Image == nil || o.Spec.Target.Mode == vmckptv1.RestorePaused && !vm.Paused(vmi)) {
 			continue
 		}
 		return verdict.Wait(vmckptv1.ReasonRestoring, fmt.Sprintf("restore %s of virtual machine %s comes first", o.Name, vmi.Name)), nil

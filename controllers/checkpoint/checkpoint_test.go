@@ -40,8 +40,11 @@ func TestWaits(t *testing.T) {
 		vmi.Status.MigrationState = &kubevirtv1.VirtualMachineInstanceMigrationState{}
 	})
 	r.says(c, vmckptv1.ReasonMigrating, "is being migrated")
-	back := r.restore("back", "nothing", nil)
-	r.says(back, vmckptv1.ReasonWaiting, "there is no checkpoint nothing")
+	r.says(r.restore("stuck", "nothing", nil), vmckptv1.ReasonWaiting, "there is no checkpoint nothing") // nobody waits for this one
+	back := r.restore("back", "", func(o *vmckptv1.VMRestore) {
+		o.Spec.Source.Volume = &vmckptv1.ImageRef{ClaimName: "claim", Image: "old"}
+	})
+	r.says(back, vmckptv1.ReasonMigrating, "")
 	vmi := r.instance("vm", func(vmi *kubevirtv1.VirtualMachineInstance) { vmi.Status.MigrationState.Completed = true })
 	r.says(c, vmckptv1.ReasonRestoring, "restore back of virtual machine vm comes first")
 	r.must(r.Delete(t.Context(), back))

@@ -3,6 +3,7 @@ package restore
 import (
 	"context"
 	"fmt"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -37,6 +38,9 @@ const (
 	byCheckpoint = "spec.source.checkpointName"
 	byClaim      = "claim" // that of the image, once it is known
 )
+
+// claimEvery is how often is looked again at a claim that a node does not reach.
+const claimEvery = time.Minute
 
 // SetupWithManager adds the reconciler to a manager.
 func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error {
@@ -110,6 +114,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.
 	switch {
 	case err != nil:
 		return ctrl.Result{}, err
+	case v != nil && v.Reason == vmckptv1.ReasonClaim && !v.Final:
+		return ctrl.Result{RequeueAfter: claimEvery}, r.say(ctx, o, before, v) // nodes, their labels and volumes are not watched
 	case v != nil:
 		return ctrl.Result{}, r.say(ctx, o, before, v)
 	}
@@ -129,7 +135,7 @@ func (r *Reconciler) place(ctx context.Context, o *vmckptv1.VMRestore) (*kubevir
 		return nil, verdict.Wait(vmckptv1.ReasonWaitingForVM, fmt.Sprintf(
 			"virtual machine %s/%s runs, and the restore is for one that stands paused: start it paused, or roll it back with mode InPlace", o.Namespace, vmi.Name)), nil
 	}
-	if v, err := r.turn(ctx, o); v != nil || err != nil {
+	if v, err := r.turn(ctx, o, vmi); v != nil || err != nil {
 		return nil, v, err
 	}
 	name := types.NamespacedName{Namespace: o.Namespace, Name: o.Status.Image.ClaimName}
@@ -168,7 +174,7 @@ func (r *Reconciler) image(ctx context.Context, o *vmckptv1.VMRestore) (*verdict
 }
 
 // turn lets older restores of the same machine go first.
-func (r *Reconciler) turn(ctx context.Context, o *vmckptv1.VMRestore) (*verdict.Verdict, error) {
+func (r *Reconciler) turn(ctx context.Context, o *vmckptv1.VMRestore, vmi *kubevirtv1.VirtualMachineInstance) (*verdict.Verdict, error) {
 	var list vmckptv1.VMRestoreList
 	if err := r.Client.List(ctx, &list, client.InNamespace(o.Namespace)); err != nil {
 		return nil, fmt.Errorf("list the restores: %w", err)
@@ -178,8 +184,9 @@ func (r *Reconciler) turn(ctx context.Context, o *vmckptv1.VMRestore) (*verdict.
 		if other.UID == o.UID || other.Done() || other.Spec.Target.Name != o.Spec.Target.Name {
 			continue
 		}
-		// What waits for a checkpoint that may never come is passed by.
-		if other.Status.NodeName != "" || older(other, o) && other.Status.Image != nil {
+		// What waits for a checkpoint that may never come, or for a machine that stands paused while it runs, is passed by.
+		eligible := other.Status.Image != nil && (other.Spec.Target.Mode != vmckptv1.RestorePaused || vm.Paused(vmi))
+		if other.Status.NodeName != "" || older(other, o) && eligible {
 			return verdict.Wait(vmckptv1.ReasonRestoring, fmt.Sprintf("restore %s of the same virtual machine comes first", other.Name)), nil
 		}
 	}

@@ -26,11 +26,14 @@ import (
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
 )
 
-// Options say how an agent works. NodeName, Volumes and Keys must be set.
+// Options say how an agent works. NodeName, Volumes, Keys and NotesDir must be set.
 type Options struct {
 	NodeName string
 	Volumes  Volumes
 	Keys     *KeyRing
+
+	// NotesDir is where the agent notes what it has done until the API server knows. It outlives the agent, and not the boot.
+	NotesDir string
 
 	Engine    Engine // default [Workers]
 	RecordDir string // where session records are kept; default [dirty.DefaultRecordDir]
@@ -142,16 +145,22 @@ func machineName(namespace, vmi string) string {
 
 // event tells of something that happened to an object, in plain words.
 func (a *Agent) event(o client.Object, kind, reason, action, text string) {
-	if len(text) > 1000 {
-		text = text[:1000]
-	}
-	a.events.Eventf(o, nil, kind, reason, action, "%s", text)
+	a.events.Eventf(o, nil, kind, reason, action, "%s", clip(text, 1000))
 }
 
 const (
 	eventNormal  = corev1.EventTypeNormal
 	eventWarning = corev1.EventTypeWarning
 )
+
+// clusterUID tells this cluster from another, or from what it was before etcd was lost.
+func (a *Agent) clusterUID(ctx context.Context) (string, error) {
+	var ns corev1.Namespace
+	if err := a.live.Get(ctx, types.NamespacedName{Name: "kube-system"}, &ns); err != nil {
+		return "", fmt.Errorf("read namespace kube-system, by which clusters are told apart: %w", err)
+	}
+	return string(ns.UID), nil
+}
 
 // goneVMIError says that a machine is not on this node, or not the one that the object was bound for.
 type goneVMIError struct{ why string }

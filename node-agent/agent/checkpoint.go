@@ -29,6 +29,7 @@ const (
 	attributeName      = "checkpoint.name"
 	attributeUID       = "checkpoint.uid"
 	attributeVMIUID    = "vmi.uid"
+	attributeCluster   = "cluster.uid" // of the namespace kube-system, which lives as long as the cluster
 )
 
 // checkpoints takes the checkpoints of this node.
@@ -107,6 +108,7 @@ func (c *checkpoints) run(ctx context.Context, key taskKey) {
 	})
 	if err != nil {
 		if !errors.Is(err, errNotOurs) {
+			c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
 			logger.Error(err, "a checkpoint could not be begun")
 		}
 		return
@@ -118,7 +120,6 @@ func (c *checkpoints) run(ctx context.Context, key taskKey) {
 		c.fail(work, o, key, err)
 		return
 	}
-	c.retries.forget(key)
 	err = change(context.WithoutCancel(ctx), c.Agent, o, c.ours, func(o *vmckptv1.VMCheckpoint) bool {
 		if o.Done() {
 			return false
@@ -128,9 +129,11 @@ func (c *checkpoints) run(ctx context.Context, key taskKey) {
 		return true
 	})
 	if err != nil {
+		c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
 		logger.Error(ignoreNotOurs(err), "the end of a checkpoint could not be written")
 		return
 	}
+	c.retries.forget(key)
 	logger.Info("a checkpoint is ready", "image", outcome.image.Name, "reason", outcome.reason)
 	c.event(o, eventNormal, outcome.reason, "Capture", outcome.message)
 }
@@ -148,9 +151,15 @@ type outcome struct {
 
 // work does it, from the claim to the image.
 func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint) (*outcome, error) {
+	cluster, err := c.clusterUID(ctx)
+	if err != nil {
+		return nil, err
+	}
 	request := jobs.CaptureRequest{
 		Name: o.Name, RecordDir: c.o.RecordDir,
-		Attributes: map[string]string{attributeNamespace: o.Namespace, attributeName: o.Name, attributeUID: string(o.UID)},
+		Attributes: map[string]string{
+			attributeCluster: cluster, attributeNamespace: o.Namespace, attributeName: o.Name, attributeUID: string(o.UID),
+		},
 	}
 	if o.Spec.Import == nil {
 		vmi, err := c.findVMI(ctx, types.NamespacedName{Namespace: o.Namespace, Name: o.Status.VMIName}, o.Status.VMIUID)
@@ -189,7 +198,10 @@ func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint) (*outc
 		return &outcome{vmckptv1.ReasonAdopted, fmt.Sprintf("image %s, taken %s, is verified", name, found.Created.Format(time.RFC3339)), found}, nil
 	case err == nil && found.Attributes[attributeUID] == string(o.UID):
 		return captured(found), nil
-	case err == nil && found.Attributes[attributeNamespace] == o.Namespace && found.Attributes[attributeName] == o.Name:
+	case err == nil && found.Attributes[attributeNamespace] == o.Namespace && found.Attributes[attributeName] == o.Name &&
+		found.Attributes[capture.AttributeGuest] == request.VM.Guest && found.Attributes[attributeCluster] != cluster:
+		// Of the same checkpoint in another life of the cluster. In this one it would be that of an object that was deleted and made anew, whose
+		// owner wants a new image.
 		return &outcome{vmckptv1.ReasonAdopted, fmt.Sprintf("the claim has an image of this checkpoint already, taken %s; nothing was captured", found.Created.Format(time.RFC3339)), found}, nil
 	case err == nil:
 		return nil, &takenError{name: name, by: found.Attributes[attributeNamespace] + "/" + found.Attributes[attributeName]}
@@ -259,10 +271,11 @@ const pageBytes = 4096
 // writeProgress writes nothing else, and does not mind who wrote in between.
 func (c *checkpoints) writeProgress(ctx context.Context, o *vmckptv1.VMCheckpoint, p vmckptv1.Progress) error {
 	p.Time = metav1.Time{Time: c.o.Clock.Now()}
-	before := &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, UID: o.UID}}
-	after := before.DeepCopy()
-	after.Status.Progress = &p
-	return c.client.Status().Patch(ctx, after, client.MergeFrom(before))
+	patch, err := progressPatch(o.UID, p)
+	if err != nil {
+		return err
+	}
+	return c.client.Status().Patch(ctx, &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name}}, patch)
 }
 
 // fail does what is to be done about an attempt that came to nothing.
@@ -300,6 +313,9 @@ func (c *checkpoints) fail(ctx context.Context, o *vmckptv1.VMCheckpoint, key ta
 		return true
 	})
 	if writeErr != nil {
+		if what != retry {
+			c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
+		}
 		log.FromContext(ctx).Error(ignoreNotOurs(writeErr), "the failure of a checkpoint could not be written")
 		return
 	}
@@ -380,8 +396,12 @@ func (c *checkpoints) removeImage(ctx context.Context, o *vmckptv1.VMCheckpoint)
 		return fmt.Errorf("list the checkpoints: %w", err)
 	}
 	for _, other := range others.Items {
-		if other.UID != o.UID && other.DeletionTimestamp == nil && other.Spec.Storage.ClaimName == o.Spec.Storage.ClaimName &&
-			other.Status.Image != nil && other.Status.Image.Name == name {
+		if other.UID == o.UID || other.Spec.Storage.ClaimName != o.Spec.Storage.ClaimName {
+			continue
+		}
+		stands := other.Status.Image != nil && other.Status.Image.Name == name ||
+			other.Spec.Import != nil && other.Spec.Import.Image == name && !other.Done()
+		if stands && (other.DeletionTimestamp == nil || other.Spec.DeletionPolicy == vmckptv1.DeletionRetain) {
 			return nil
 		}
 	}
@@ -402,6 +422,8 @@ func (c *checkpoints) removeImage(ctx context.Context, o *vmckptv1.VMCheckpoint)
 	switch code := jobs.CodeOf(err); {
 	case err == nil && o.Status.Image == nil && found.Attributes[attributeUID] != string(o.UID):
 		return nil // of another checkpoint: this one has made none
+	case err == nil && o.Status.Image != nil && found.Digest.String() != o.Status.Image.Digest:
+		return nil // another has taken its name since
 	case err == nil:
 	case code == jobs.CodeNotFound:
 		return nil

@@ -21,6 +21,9 @@ type gate struct {
 	captures []string
 	restored int
 	fail     []error // what the next restores end with, in place of their work
+
+	restoredAfter chan struct{} // closed when a restore is done, and onRestored was called
+	onRestored    func()
 }
 
 func (g *gate) hold(ctx context.Context, where string, c chan struct{}) error {
@@ -61,7 +64,12 @@ func (g *gate) Restore(ctx context.Context, r jobs.RestoreRequest, progress func
 	if fail != nil {
 		return nil, fail
 	}
-	return g.Workers.Restore(ctx, r, progress)
+	result, err := g.Workers.Restore(ctx, r, progress)
+	if g.onRestored != nil {
+		g.onRestored()
+		close(g.restoredAfter)
+	}
+	return result, err
 }
 
 // captured lists the captures that were begun.

@@ -38,8 +38,8 @@ func judge(ctx context.Context, err error) (verdict, string) {
 	}
 	code := jobs.CodeOf(err)
 	switch code {
-	case jobs.CodeNoVM:
-		return giveBack, vmckptv1.ReasonVMGone
+	case jobs.CodeNoVM: // KubeVirt says that it is here, or it would have been given back
+		return retry, vmckptv1.ReasonVMGone
 	case jobs.CodeState, jobs.CodeUnsteady, jobs.CodeBusy, jobs.CodeUnreachable, jobs.CodeDied, jobs.CodeNoAccess, jobs.CodeNoSpace,
 		jobs.CodeNotFound, jobs.CodeKey, jobs.CodeInterrupted, jobs.CodeUnexpected, jobs.CodeLost, jobs.CodeStopped:
 		return retry, reasonOf(code)

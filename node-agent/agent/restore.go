@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -84,7 +85,8 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 	}
 	err := change(ctx, r.Agent, o, begin, func(o *vmckptv1.VMRestore) bool {
 		now := r.o.Clock.Now()
-		if o.Status.StartTime == nil {
+		// One that was cut short may have begun to overwrite memory, and gets all its time again.
+		if o.Status.StartTime == nil || hasReason(o.Status.Conditions, vmckptv1.ReasonRunning) {
 			o.Status.StartTime = &metav1.Time{Time: now}
 		}
 		o.Status.Attempts++
@@ -93,6 +95,7 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 	})
 	if err != nil {
 		if !errors.Is(err, errNotOurs) {
+			r.retries.after(key, err, r.o.Clock.Now(), r.o.RetryAfter)
 			logger.Error(err, "a restore could not be begun")
 		}
 		return
@@ -101,12 +104,19 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 	defer cancel()
 	work, committed, release := untilCommitted(timed)
 	defer release()
-	result, found, err := r.work(work, o, committed)
+	// Done by an agent that could not say so any more: it is not done again, since the guest has gone on.
+	done, err := r.readNote(key.uid)
+	if err == nil && done == nil {
+		done = &note{}
+		if done.Result, done.Found, err = r.work(work, o, committed); err == nil {
+			r.writeNote(ctx, key.uid, done)
+		}
+	}
 	if err != nil {
 		r.fail(work, o, key, err)
 		return
 	}
-	r.retries.forget(key)
+	result, found := done.Result, done.Found
 	r.o.Metrics.restores.WithLabelValues("ok").Inc()
 	r.o.Metrics.restoreSeconds.Observe(result.Duration.Seconds())
 	state := "stands paused"
@@ -127,9 +137,12 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 		return true
 	})
 	if err != nil {
+		r.retries.after(key, err, r.o.Clock.Now(), r.o.RetryAfter)
 		logger.Error(ignoreNotOurs(err), "the end of a restore could not be written")
 		return
 	}
+	r.retries.forget(key)
+	r.forgetNote(key.uid)
 	logger.Info("a machine is restored", "image", found.Name)
 	r.event(o, eventNormal, vmckptv1.ReasonRestored, "Restore", message)
 }
@@ -202,10 +215,11 @@ func (e *otherImageError) Error() string {
 
 func (r *restores) writeProgress(ctx context.Context, o *vmckptv1.VMRestore, p vmckptv1.Progress) error {
 	p.Time = metav1.Time{Time: r.o.Clock.Now()}
-	before := &vmckptv1.VMRestore{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, UID: o.UID}}
-	after := before.DeepCopy()
-	after.Status.Progress = &p
-	return r.client.Status().Patch(ctx, after, client.MergeFrom(before))
+	patch, err := progressPatch(o.UID, p)
+	if err != nil {
+		return err
+	}
+	return r.client.Status().Patch(ctx, &vmckptv1.VMRestore{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name}}, patch)
 }
 
 // fail does what is to be done about an attempt that came to nothing.
@@ -226,7 +240,9 @@ func (r *restores) fail(ctx context.Context, o *vmckptv1.VMRestore, key taskKey,
 	}
 	if what == retry {
 		wait = r.retries.after(key, err, r.o.Clock.Now(), r.o.RetryAfter)
-		if wait > timeLeft(o.Status.StartTime, o.Spec.Timeout, r.o.Clock.Now()) {
+		// A machine that must not run as it is, or that we have stopped, is not given up for want of time.
+		mustEnd := code == jobs.CodeLost || code == jobs.CodeStopped || meta.IsStatusConditionTrue(o.Status.Conditions, vmckptv1.ConditionMemoryInvalid)
+		if !mustEnd && wait > timeLeft(o.Status.StartTime, o.Spec.Timeout, r.o.Clock.Now()) {
 			what = giveUp
 			err = fmt.Errorf("%w; there is no time left for another attempt (timeout %v)", err, o.Spec.Timeout.Duration)
 		}
@@ -265,6 +281,7 @@ func (r *restores) deleted(ctx context.Context, o *vmckptv1.VMRestore, key taskK
 		return ctrl.Result{}, nil // the end of the task brings it here again
 	}
 	r.retries.forget(key)
+	r.forgetNote(key.uid)
 	if !controllerutil.ContainsFinalizer(o, vmckptv1.Finalizer) {
 		return ctrl.Result{}, nil
 	}

@@ -42,7 +42,7 @@ func TestRestoreIsRefused(t *testing.T) {
 
 	missing := r.restore("missing", "nothing", vmi, func(o *vmckptv1.VMRestore) {
 		inPlace(o)
-		o.Spec.Timeout = metav1.Duration{Duration: time.Second}
+		o.Spec.Timeout = metav1.Duration{Duration: 3 * time.Second}
 	})
 	wait(r, missing, "the refusal", (*vmckptv1.VMRestore).Done)
 	if got := message(missing.Status.Conditions); missing.Ready() || !strings.Contains(got, "not found") {
@@ -50,7 +50,7 @@ func TestRestoreIsRefused(t *testing.T) {
 	}
 
 	// A machine that runs is not overwritten where a paused one is meant.
-	running := r.restore("running", "first", vmi, func(o *vmckptv1.VMRestore) { o.Spec.Timeout = metav1.Duration{Duration: time.Second} })
+	running := r.restore("running", "first", vmi, func(o *vmckptv1.VMRestore) { o.Spec.Timeout = metav1.Duration{Duration: 5 * time.Second} })
 	wait(r, running, "the refusal", (*vmckptv1.VMRestore).Done)
 	if got := message(running.Status.Conditions); running.Ready() || !strings.Contains(got, "running") {
 		t.Errorf("restore into a running machine: %s", got)
@@ -117,10 +117,43 @@ func TestRestoreWaits(t *testing.T) {
 
 	r.must(m.Kill())
 	late := r.restore("late", "first", vmi, nil)
+	wait(r, late, "the machine to be looked for again", func(o *vmckptv1.VMRestore) bool { return o.Status.Attempts > 1 })
+	r.must(r.Delete(t.Context(), vmi))
 	wait(r, late, "the restore given back", func(o *vmckptv1.VMRestore) bool { return o.Status.NodeName == "" })
-	if got := message(late.Status.Conditions); !strings.HasPrefix(got, "VMGone: ") || late.Done() {
+	if got := message(late.Status.Conditions); !strings.HasPrefix(got, "WaitingForVM: ") || late.Done() {
 		t.Errorf("restore of a machine that is gone: %s", got)
 	}
 	r.must(r.Delete(t.Context(), back))
 	r.gone(back)
+}
+
+// TestRestoredOnce shows that a restore whose end could not be told is not done again: the guest has gone on since.
+func TestRestoredOnce(t *testing.T) {
+	r := newRig(t)
+	r.claim("claim")
+	m, vmi := r.machine("vm", false)
+	first := &gate{restoredAfter: make(chan struct{})}
+	stop := r.agent(node, func(o *agent.Options) { o.Engine = first })
+	c := r.checkpoint("first", vmi, nil)
+	r.ready(c, vmckptv1.ReasonCaptured)
+	r.server.Client(t)
+	back := r.unbound("back", "first", vmi, inPlace)
+	first.onRestored = func() { r.server.StopAPIServer(t) }
+	r.bind(back, vmi)
+	<-first.restoredAfter
+	ended := make(chan struct{})
+	go func() {
+		stop()
+		close(ended)
+	}()
+	goesOn(t, m)
+	r.server.StartAPIServer(t)
+	<-ended
+	second := &gate{}
+	r.agent(node, func(o *agent.Options) { o.Engine = second })
+	wait(r, back, "the restore", (*vmckptv1.VMRestore).Done)
+	if !back.Ready() || second.restored != 0 || first.restored != 1 {
+		t.Errorf("restored %d and %d times: %s", first.restored, second.restored, message(back.Status.Conditions))
+	}
+	goesOn(t, m)
 }

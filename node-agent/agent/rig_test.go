@@ -58,13 +58,14 @@ type rig struct {
 	server    *apiserver.Server
 	namespace string
 	records   string
+	notes     string
 }
 
 func newRig(t *testing.T) *rig {
 	server := shared.Server(t)
 	server.InstallCRDs(t, "../../config/crd/bases")
 	server.InstallKubeVirt(t)
-	r := &rig{TB: t, Client: server.Client(t), server: server, namespace: server.Namespace(t), records: t.TempDir()}
+	r := &rig{TB: t, Client: server.Client(t), server: server, namespace: server.Namespace(t), records: t.TempDir(), notes: t.TempDir()}
 	r.keys("one", map[string]string{"one": keyText(1)})
 	return r
 }
@@ -162,7 +163,7 @@ func (r *rig) agentCounted(name string, calls *counter, change func(*agent.Optio
 	})
 	r.must(err)
 	o := agent.Options{
-		NodeName: name, RecordDir: r.records,
+		NodeName: name, RecordDir: r.records, NotesDir: r.notes,
 		Volumes:    agent.LocalVolumes{Reader: m.GetAPIReader()},
 		Keys:       &agent.KeyRing{Reader: m.GetAPIReader(), Secret: types.NamespacedName{Namespace: r.namespace, Name: "vmckpt-keys"}, Dir: r.TempDir()},
 		RetryAfter: func(int) time.Duration { return 100 * time.Millisecond },

@@ -2,14 +2,18 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/log"
+
+	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
 )
 
 // object is a VMCheckpoint or a VMRestore.
@@ -98,6 +102,15 @@ func report[P comparable](ctx context.Context, a *Agent, write func(context.Cont
 		}
 	})
 	return r
+}
+
+// progressPatch writes progress into the object of that uid and no other.
+func progressPatch(uid types.UID, p vmckptv1.Progress) (client.Patch, error) {
+	text, err := json.Marshal(map[string]any{"metadata": map[string]any{"uid": uid}, "status": map[string]any{"progress": p}})
+	if err != nil {
+		return nil, err
+	}
+	return client.RawPatch(types.MergePatchType, text), nil
 }
 
 // tell takes the newest progress. It never waits.
