@@ -246,7 +246,7 @@ func TestInterrupted(t *testing.T) {
 		Parameters: writer.Parameters{Random: true, PagesPerPass: 4096},
 	}})
 	goesOn(t, m)
-	if exit := s.interrupt(records, "copying", "capture", m.Options().Name); exit != exitInterrupted {
+	if exit, _ := s.interrupt(records, "copying", 1, "capture", m.Options().Name); exit != exitInterrupted {
 		t.Errorf("exit code %d, want %d", exit, exitInterrupted)
 	}
 	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 0 {
@@ -261,8 +261,8 @@ func TestInterrupted(t *testing.T) {
 	goesOn(t, m)
 }
 
-// interrupt runs the program, interrupts it once it is in a phase, and returns its exit code.
-func (s *shell) interrupt(records, phase string, args ...string) (exit int) {
+// interrupt runs the program, interrupts it so many times once it is in a phase, and returns its exit code and what it told.
+func (s *shell) interrupt(records, phase string, times int, args ...string) (exit int, words string) {
 	s.t.Helper()
 	c := s.command(records, append(args, "--progress", "plain")...)
 	stderr, err := c.StderrPipe()
@@ -282,17 +282,22 @@ func (s *shell) interrupt(records, phase string, args ...string) (exit int) {
 			s.t.Fatalf("it ended before it was interrupted:\n%s", told.String())
 		}
 	}
-	if err := c.Process.Signal(unix.SIGINT); err != nil {
-		s.t.Fatal(err)
+	for i := range times {
+		if i > 0 {
+			time.Sleep(50 * time.Millisecond) // else the kernel makes one of them
+		}
+		if err := c.Process.Signal(unix.SIGINT); err != nil {
+			s.t.Fatal(err)
+		}
 	}
 	io.Copy(&told, stderr) //nolint:errcheck // what there is
 	c.Wait()               //nolint:errcheck // its exit code says it
 	s.t.Logf("interrupted:\n%s", told.String())
-	return c.ProcessState.ExitCode()
+	return c.ProcessState.ExitCode(), told.String()
 }
 
-// TestInterruptedRestore leaves a machine with its memory half written: it stands still, is captured by nobody, and the next restore
-// finishes it.
+// TestInterruptedRestore interrupts a restore that is overwriting memory: once, and it comes to its end; twice, and the machine is left with its
+// memory half written: it stands still, is captured by nobody, and the next restore finishes it.
 func TestInterruptedRestore(t *testing.T) {
 	s, records := newShell(t), t.TempDir()
 	m := machine.Start(t, machine.Options{MemoryBytes: 512 * machine.MiB, Guest: machine.Writer{
@@ -303,8 +308,16 @@ func TestInterruptedRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
-	if exit := s.interrupt(records, "memory", "restore", "base", name, "--in-place", "--run"); exit != exitLost {
-		t.Fatalf("exit code %d, want %d", exit, exitLost)
+	exit, words := s.interrupt(records, "memory", 1, "restore", "base", name, "--in-place", "--run")
+	if exit != 0 || !strings.Contains(words, "to interrupt again kills it") || !strings.Contains(words, "interrupted; the restore was brought to its end") {
+		t.Fatalf("interrupted once: exit code %d", exit)
+	}
+	if got := state(t, m); got != qemu.StateRunning {
+		t.Errorf("interrupted once, the machine is %s", got)
+	}
+	goesOn(t, m)
+	if exit, _ := s.interrupt(records, "memory", 2, "restore", "base", name, "--in-place", "--run"); exit != exitLost {
+		t.Fatalf("interrupted twice: exit code %d, want %d", exit, exitLost)
 	}
 	if got := state(t, m); got == qemu.StateRunning {
 		t.Errorf("the machine is %s", got)
