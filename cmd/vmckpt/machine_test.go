@@ -325,7 +325,24 @@ func TestInterruptedRestore(t *testing.T) {
 	if got := failed(s, records, exitLost, "capture", name, "--name", "torn"); got.Code != jobs.CodeLost {
 		t.Errorf("capture: %+v", got)
 	}
-	process[restoreJSON](s, records, 0, "restore", "base", name, "--run")
+	if said := s.warned(records, "release", name); !strings.Contains(said, "is invalid") || !strings.Contains(said, "the mark stays") {
+		t.Errorf("release says: %q", said)
+	}
+	if got := process[jobs.ReleaseResult](s, records, 0, "release", name); got.MemoryInvalid == "" {
+		t.Errorf("released: %+v", got)
+	}
+	// Somebody lets it run all the same.
+	if err := m.Continue(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := failed(s, records, exitLost, "restore", "base", name)
+	if got.Code != jobs.CodeLost || !strings.Contains(got.Message, "the machine is running") || !strings.Contains(got.Message, "is invalid") {
+		t.Errorf("restore into a running machine whose memory is invalid: %+v", got)
+	}
+	process[restoreJSON](s, records, 0, "restore", "base", name, "--in-place", "--run")
 	goesOn(t, m)
+	if said := s.warned(records, "release", name); said != "" {
+		t.Errorf("release of a whole machine says: %q", said)
+	}
 	process[captureJSON](s, records, 0, "capture", name, "--name", "next", "--mode", "incremental")
 }

@@ -46,7 +46,8 @@ type restore struct {
 // Run restores an image into the target. The errors to act on are [*image.DamageError] and [*MismatchError], [*StateError] ([ErrNotPaused]),
 // [dirty.ErrBusy], [dirty.ErrGone], [ErrResumed] and [ErrMigrating]. Whatever the error, the machine is as it was before, but for three:
 //
-//   - [*InvalidMemoryError]: it stands still with its memory half written, is marked so ([Invalid]), and waits for the next restore.
+//   - [*InvalidMemoryError]: it stands still with its memory half written, is marked so ([Invalid]), and waits for the next restore. Or it
+//     was found so, and running ([ErrNotPaused]): somebody else has resumed it, and it is for the caller to stop it or to allow that.
 //   - [*RestoredError]: it is restored, all of it, and was to run and does not.
 //   - [*StoppedError]: it stands still, was not written to, and ran before.
 //
