@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
 	"github.com/vmckpt/vmckpt/node-agent/jobs"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/test/guest/writer"
@@ -236,6 +238,51 @@ func TestReadOnlyVolume(t *testing.T) {
 	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}})
 	if got := failed(s, t.TempDir(), exitRefused, "capture", m.Options().Name); got.Code != jobs.CodeNoAccess {
 		t.Errorf("capture: %+v", got)
+	}
+}
+
+// TestBusy has somebody at work on a machine who holds its only monitor: the next command says so, and soon.
+func TestBusy(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}})
+	name := m.Options().Name
+	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
+	holder, err := net.Dial("unix", m.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer holder.Close()
+	found, err := qemu.Find(t.Context(), qemu.Selector{PID: m.PID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, after := range []time.Duration{0, time.Second} { // the socket is had before the session
+		for _, args := range [][]string{{"capture", name, "--name", "next"}, {"restore", "base", name, "--in-place"}} {
+			locked := make(chan io.Closer, 1)
+			lock := func() {
+				l, err := dirty.Lock(records, dirty.Process{PID: found.PID, StartTime: found.StartTime})
+				if err != nil {
+					t.Error(err)
+				}
+				locked <- l
+			}
+			if after == 0 {
+				lock()
+			} else {
+				time.AfterFunc(after, lock)
+			}
+			begin := time.Now()
+			got := failed(s, records, exitBusy, append(args, "--monitor", m.Socket)...)
+			if took := time.Since(begin); got.Code != jobs.CodeBusy || took > after+3*time.Second || !strings.Contains(got.Message, fmt.Sprintf("process %d", os.Getpid())) {
+				t.Errorf("vmckpt %v, after %v: %+v", args, took, got)
+			}
+			if l := <-locked; l != nil {
+				l.Close()
+			}
+		}
+	}
+	if got := state(t, m); got != qemu.StateRunning {
+		t.Errorf("the machine is %s", got)
 	}
 }
 

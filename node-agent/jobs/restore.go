@@ -79,7 +79,7 @@ func afterDeath(ctx context.Context, r RestoreRequest, process *qemu.Process, di
 }
 
 func runContinue(ctx context.Context, r RestoreRequest, _ func(any)) (any, error) {
-	process, monitor, err := r.VM.open(ctx)
+	process, monitor, err := r.VM.open(ctx, recordDir(r.RecordDir))
 	if err != nil {
 		return nil, err
 	}
@@ -98,7 +98,7 @@ func runRestore(ctx context.Context, r RestoreRequest, progress func(any)) (*res
 		return nil, err
 	}
 	defer img.Close()
-	process, monitor, err := r.VM.open(ctx)
+	process, monitor, err := r.VM.open(ctx, recordDir(r.RecordDir))
 	if err != nil {
 		return nil, err
 	}
