@@ -293,7 +293,7 @@ func TestInterrupted(t *testing.T) {
 		Parameters: writer.Parameters{Random: true, PagesPerPass: 4096},
 	}})
 	goesOn(t, m)
-	if exit, _ := s.interrupt(records, "copying", 1, "capture", m.Options().Name); exit != exitInterrupted {
+	if exit, _ := s.interrupt(records, "copying", []unix.Signal{unix.SIGINT}, "capture", m.Options().Name); exit != exitInterrupted {
 		t.Errorf("exit code %d, want %d", exit, exitInterrupted)
 	}
 	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 0 {
@@ -308,8 +308,8 @@ func TestInterrupted(t *testing.T) {
 	goesOn(t, m)
 }
 
-// interrupt runs the program, interrupts it so many times once it is in a phase, and returns its exit code and what it told.
-func (s *shell) interrupt(records, phase string, times int, args ...string) (exit int, words string) {
+// interrupt runs the program, sends it signals once it is in a phase, and returns its exit code and what it told.
+func (s *shell) interrupt(records, phase string, signals []unix.Signal, args ...string) (exit int, words string) {
 	s.t.Helper()
 	c := s.command(records, append(args, "--progress", "plain")...)
 	stderr, err := c.StderrPipe()
@@ -329,11 +329,11 @@ func (s *shell) interrupt(records, phase string, times int, args ...string) (exi
 			s.t.Fatalf("it ended before it was interrupted:\n%s", told.String())
 		}
 	}
-	for i := range times {
+	for i, signal := range signals {
 		if i > 0 {
 			time.Sleep(50 * time.Millisecond) // else the kernel makes one of them
 		}
-		if err := c.Process.Signal(unix.SIGINT); err != nil {
+		if err := c.Process.Signal(signal); err != nil {
 			s.t.Fatal(err)
 		}
 	}
@@ -355,7 +355,7 @@ func TestInterruptedRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
-	exit, words := s.interrupt(records, "memory", 1, "restore", "base", name, "--in-place", "--run")
+	exit, words := s.interrupt(records, "memory", []unix.Signal{unix.SIGTERM}, "restore", "base", name, "--in-place", "--run")
 	if exit != 0 || !strings.Contains(words, "to interrupt again kills it") || !strings.Contains(words, "interrupted; the restore was brought to its end") {
 		t.Fatalf("interrupted once: exit code %d", exit)
 	}
@@ -363,7 +363,19 @@ func TestInterruptedRestore(t *testing.T) {
 		t.Errorf("interrupted once, the machine is %s", got)
 	}
 	goesOn(t, m)
-	if exit, _ := s.interrupt(records, "memory", 2, "restore", "base", name, "--in-place", "--run"); exit != exitLost {
+
+	// Its worker, which nobody supervises any more, brings it to its end as well.
+	resumes := m.Monitor.Subscribe("RESUME")
+	s.interrupt(records, "memory", []unix.Signal{unix.SIGKILL}, "restore", "base", name, "--in-place", "--run")
+	select {
+	case <-resumes.C:
+	case <-time.After(30 * time.Second):
+		t.Errorf("its command killed, the restore does not come to its end; the machine is %s", state(t, m))
+	}
+	resumes.Close()
+	goesOn(t, m)
+
+	if exit, _ := s.interrupt(records, "memory", []unix.Signal{unix.SIGINT, unix.SIGINT}, "restore", "base", name, "--in-place", "--run"); exit != exitLost {
 		t.Fatalf("interrupted twice: exit code %d, want %d", exit, exitLost)
 	}
 	if got := state(t, m); got == qemu.StateRunning {
