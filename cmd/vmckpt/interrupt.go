@@ -11,7 +11,7 @@ import (
 
 // interruptible returns a context that the first signal ends. A worker is asked to end by that, lets its machine go and
 // removes what it began to write; a second signal kills it. The machine runs on then as well (package guard), and what it wrote
-// is swept later.
+// is swept later. A restore that is overwriting memory is brought to its end by the first; the second leaves that memory invalid.
 func (p *program) interruptible(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := ctx.Done()
@@ -27,7 +27,12 @@ func (p *program) interruptible(ctx context.Context) (context.Context, context.C
 					if p.terminal {
 						fmt.Fprintln(p.stderr) // beneath the bar
 					}
-					fmt.Fprintln(p.stderr, "ending in order; interrupt again to kill the worker")
+					if p.workers.committed() {
+						fmt.Fprintln(p.stderr, "the machine's memory is being overwritten: the restore comes to its end first; "+
+							"to interrupt again kills it, and leaves the machine paused and its memory invalid")
+					} else {
+						fmt.Fprintln(p.stderr, "ending in order; interrupt again to kill the worker")
+					}
 				}
 				first = false
 				cancel()
@@ -46,6 +51,21 @@ func (p *program) interruptible(ctx context.Context) (context.Context, context.C
 type workers struct {
 	mu    sync.Mutex
 	pidfd *os.File
+	late  func() bool // see commits
+}
+
+// commits says how it is found out that the worker to come has begun what it will bring to its end.
+func (w *workers) commits(late func() bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.late = late
+}
+
+func (w *workers) committed() bool {
+	w.mu.Lock()
+	late := w.late
+	w.mu.Unlock()
+	return late != nil && late()
 }
 
 // started is called with a worker's pid before anybody waits for it, so that the pid is still its own.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
 	"github.com/vmckpt/vmckpt/node-agent/jobs"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/test/guest/writer"
@@ -239,6 +241,51 @@ func TestReadOnlyVolume(t *testing.T) {
 	}
 }
 
+// TestBusy has somebody at work on a machine who holds its only monitor: the next command says so, and soon.
+func TestBusy(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}})
+	name := m.Options().Name
+	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
+	holder, err := net.Dial("unix", m.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer holder.Close()
+	found, err := qemu.Find(t.Context(), qemu.Selector{PID: m.PID})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, after := range []time.Duration{0, time.Second} { // the socket is had before the session
+		for _, args := range [][]string{{"capture", name, "--name", "next"}, {"restore", "base", name, "--in-place"}} {
+			locked := make(chan io.Closer, 1)
+			lock := func() {
+				l, err := dirty.Lock(records, dirty.Process{PID: found.PID, StartTime: found.StartTime})
+				if err != nil {
+					t.Error(err)
+				}
+				locked <- l
+			}
+			if after == 0 {
+				lock()
+			} else {
+				time.AfterFunc(after, lock)
+			}
+			begin := time.Now()
+			got := failed(s, records, exitBusy, append(args, "--monitor", m.Socket)...)
+			if took := time.Since(begin); got.Code != jobs.CodeBusy || took > after+3*time.Second || !strings.Contains(got.Message, fmt.Sprintf("process %d", os.Getpid())) {
+				t.Errorf("vmckpt %v, after %v: %+v", args, took, got)
+			}
+			if l := <-locked; l != nil {
+				l.Close()
+			}
+		}
+	}
+	if got := state(t, m); got != qemu.StateRunning {
+		t.Errorf("the machine is %s", got)
+	}
+}
+
 // TestInterrupted interrupts a capture; the machine goes on, there is no image, and nothing is left behind.
 func TestInterrupted(t *testing.T) {
 	s, records := newShell(t), t.TempDir()
@@ -246,7 +293,7 @@ func TestInterrupted(t *testing.T) {
 		Parameters: writer.Parameters{Random: true, PagesPerPass: 4096},
 	}})
 	goesOn(t, m)
-	if exit := s.interrupt(records, "copying", "capture", m.Options().Name); exit != exitInterrupted {
+	if exit, _ := s.interrupt(records, "copying", []unix.Signal{unix.SIGINT}, "capture", m.Options().Name); exit != exitInterrupted {
 		t.Errorf("exit code %d, want %d", exit, exitInterrupted)
 	}
 	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 0 {
@@ -261,8 +308,8 @@ func TestInterrupted(t *testing.T) {
 	goesOn(t, m)
 }
 
-// interrupt runs the program, interrupts it once it is in a phase, and returns its exit code.
-func (s *shell) interrupt(records, phase string, args ...string) (exit int) {
+// interrupt runs the program, sends it signals once it is in a phase, and returns its exit code and what it told.
+func (s *shell) interrupt(records, phase string, signals []unix.Signal, args ...string) (exit int, words string) {
 	s.t.Helper()
 	c := s.command(records, append(args, "--progress", "plain")...)
 	stderr, err := c.StderrPipe()
@@ -282,17 +329,22 @@ func (s *shell) interrupt(records, phase string, args ...string) (exit int) {
 			s.t.Fatalf("it ended before it was interrupted:\n%s", told.String())
 		}
 	}
-	if err := c.Process.Signal(unix.SIGINT); err != nil {
-		s.t.Fatal(err)
+	for i, signal := range signals {
+		if i > 0 {
+			time.Sleep(50 * time.Millisecond) // else the kernel makes one of them
+		}
+		if err := c.Process.Signal(signal); err != nil {
+			s.t.Fatal(err)
+		}
 	}
 	io.Copy(&told, stderr) //nolint:errcheck // what there is
 	c.Wait()               //nolint:errcheck // its exit code says it
 	s.t.Logf("interrupted:\n%s", told.String())
-	return c.ProcessState.ExitCode()
+	return c.ProcessState.ExitCode(), told.String()
 }
 
-// TestInterruptedRestore leaves a machine with its memory half written: it stands still, is captured by nobody, and the next restore
-// finishes it.
+// TestInterruptedRestore interrupts a restore that is overwriting memory: once, and it comes to its end; twice, and the machine is left with its
+// memory half written: it stands still, is captured by nobody, and the next restore finishes it.
 func TestInterruptedRestore(t *testing.T) {
 	s, records := newShell(t), t.TempDir()
 	m := machine.Start(t, machine.Options{MemoryBytes: 512 * machine.MiB, Guest: machine.Writer{
@@ -303,8 +355,28 @@ func TestInterruptedRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
-	if exit := s.interrupt(records, "memory", "restore", "base", name, "--in-place", "--run"); exit != exitLost {
-		t.Fatalf("exit code %d, want %d", exit, exitLost)
+	exit, words := s.interrupt(records, "memory", []unix.Signal{unix.SIGTERM}, "restore", "base", name, "--in-place", "--run")
+	if exit != 0 || !strings.Contains(words, "to interrupt again kills it") || !strings.Contains(words, "interrupted; the restore was brought to its end") {
+		t.Fatalf("interrupted once: exit code %d", exit)
+	}
+	if got := state(t, m); got != qemu.StateRunning {
+		t.Errorf("interrupted once, the machine is %s", got)
+	}
+	goesOn(t, m)
+
+	// Its worker, which nobody supervises any more, brings it to its end as well.
+	resumes := m.Monitor.Subscribe("RESUME")
+	s.interrupt(records, "memory", []unix.Signal{unix.SIGKILL}, "restore", "base", name, "--in-place", "--run")
+	select {
+	case <-resumes.C:
+	case <-time.After(30 * time.Second):
+		t.Errorf("its command killed, the restore does not come to its end; the machine is %s", state(t, m))
+	}
+	resumes.Close()
+	goesOn(t, m)
+
+	if exit, _ := s.interrupt(records, "memory", []unix.Signal{unix.SIGINT, unix.SIGINT}, "restore", "base", name, "--in-place", "--run"); exit != exitLost {
+		t.Fatalf("interrupted twice: exit code %d, want %d", exit, exitLost)
 	}
 	if got := state(t, m); got == qemu.StateRunning {
 		t.Errorf("the machine is %s", got)
@@ -312,7 +384,24 @@ func TestInterruptedRestore(t *testing.T) {
 	if got := failed(s, records, exitLost, "capture", name, "--name", "torn"); got.Code != jobs.CodeLost {
 		t.Errorf("capture: %+v", got)
 	}
-	process[restoreJSON](s, records, 0, "restore", "base", name, "--run")
+	if said := s.warned(records, "release", name); !strings.Contains(said, "is invalid") || !strings.Contains(said, "the mark stays") {
+		t.Errorf("release says: %q", said)
+	}
+	if got := process[jobs.ReleaseResult](s, records, 0, "release", name); got.MemoryInvalid == "" {
+		t.Errorf("released: %+v", got)
+	}
+	// Somebody lets it run all the same.
+	if err := m.Continue(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := failed(s, records, exitLost, "restore", "base", name)
+	if got.Code != jobs.CodeLost || !strings.Contains(got.Message, "the machine is running") || !strings.Contains(got.Message, "is invalid") {
+		t.Errorf("restore into a running machine whose memory is invalid: %+v", got)
+	}
+	process[restoreJSON](s, records, 0, "restore", "base", name, "--in-place", "--run")
 	goesOn(t, m)
+	if said := s.warned(records, "release", name); said != "" {
+		t.Errorf("release of a whole machine says: %q", said)
+	}
 	process[captureJSON](s, records, 0, "capture", name, "--name", "next", "--mode", "incremental")
 }

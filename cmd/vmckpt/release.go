@@ -18,7 +18,8 @@ func (p *program) releaseCommand() *cobra.Command {
 again: the process is then as it was before its first capture, and its next capture makes an increment by comparing
 all of its memory with its last image.
 
-Nothing else needs it: tracking ends with the process.`,
+Nothing else needs it: tracking ends with the process. The mark of a machine whose memory a restore has left half written stays,
+and is told of.`,
 		Args: between(0, "VM"),
 		RunE: func(c *cobra.Command, args []string) error {
 			which, err := vm.vm(argument(args, 0), p.getenv)
@@ -44,6 +45,9 @@ func (p *program) release(ctx context.Context, r jobs.ReleaseRequest) error {
 	p.warnStopped(r.RecordDir, process)
 	if err != nil {
 		return err
+	}
+	if result.MemoryInvalid != "" {
+		p.warn("%s; the mark stays, and the machine must not run: repeat the restore, of this image or another, or end the QEMU", result.MemoryInvalid)
 	}
 	p.answer(result, func() { p.printf("tracking is taken out of pid %d (%s)\n", result.PID, orDash(result.Guest)) })
 	return nil

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -34,6 +35,9 @@ It wants a machine that stands still, such as one that was started with -S. A ru
 
 Every byte of the image is checked before the machine is touched. Afterwards all memory that was written since it was
 put in is compared with the image. The machine stays paused, unless --run is given and all is well.
+
+An interrupt ends the restore, and a machine that was stopped for it goes on. Once memory is being overwritten, the restore
+comes to its end first; a second interrupt kills it, and leaves the machine paused with its memory invalid.
 
 Disks are not restored yet: they have to be as they were at the image's instant before the machine runs.`,
 		Example: `  vmckpt restore web-20260102t030405.678z web --run
@@ -71,10 +75,13 @@ func (p *program) restore(ctx context.Context, r jobs.RestoreRequest) (err error
 	}
 	r.VM.PID = process.PID
 	meter := p.meter()
+	began := time.Now()
+	p.workers.commits(func() bool { return r.Overwriting(process, began) })
 	result, err := jobs.Restore(ctx, r, jobs.Handlers[restore.Progress]{
 		Started:  p.workers.started,
 		Progress: func(at restore.Progress) { meter.at(at.Phase, at.DoneBytes, at.TotalBytes) },
 	})
+	interrupted := ctx.Err() != nil
 	p.workers.ended()
 	meter.end()
 	if codeOf(err) != jobs.CodeStopped { // which says it
@@ -82,6 +89,9 @@ func (p *program) restore(ctx context.Context, r jobs.RestoreRequest) (err error
 	}
 	if err != nil {
 		return err
+	}
+	if interrupted {
+		p.tell("interrupted; the restore was brought to its end, since the machine's memory was being overwritten\n")
 	}
 	answer := restoreJSON{Result: result, Repository: p.repository, VM: vmJSON{process.PID, process.Guest, process.UUID}}
 	p.answer(answer, func() { p.printRestore(process, result) })

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
-	"sync/atomic"
 	"time"
 
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -102,18 +100,20 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 	}
 	timed, cancel := context.WithTimeoutCause(ctx, timeLeft(o.Status.StartTime, o.Spec.Timeout, r.o.Clock.Now()), errTimeout)
 	defer cancel()
-	work, committed, release := untilCommitted(timed)
-	defer release()
 	// Done by an agent that could not say so any more: it is not done again, since the guest has gone on.
 	done, err := r.readNote(key.uid)
 	if err == nil && done == nil {
 		done = &note{}
-		if done.Result, done.Found, err = r.work(work, o, committed); err == nil {
+		// A restore that is overwriting memory goes on to its end whatever becomes of this context.
+		if done.Result, done.Found, err = r.work(timed, o); err == nil {
 			r.writeNote(ctx, key.uid, done)
 		}
 	}
 	if err != nil {
-		r.fail(work, o, key, err)
+		if jobs.CodeOf(err) == jobs.CodeLost { // came after it, and is to be written whoever wants the restore no more
+			timed = context.WithoutCancel(timed)
+		}
+		r.fail(timed, o, key, err)
 		return
 	}
 	result, found := done.Result, done.Found
@@ -150,27 +150,8 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 // mostWarnings is how many a status has room for.
 const mostWarnings = 16
 
-// untilCommitted returns a context that ends with parent as long as the restore has not begun to overwrite memory, which committed tells.
-// After that it goes on: half a memory is worse than one second more.
-func untilCommitted(parent context.Context) (ctx context.Context, committed *atomic.Bool, release func()) {
-	committed = new(atomic.Bool)
-	ctx, cancel := context.WithCancelCause(context.WithoutCancel(parent))
-	stop := context.AfterFunc(parent, func() {
-		if !committed.Load() {
-			cancel(context.Cause(parent))
-		}
-	})
-	return ctx, committed, func() {
-		stop()
-		cancel(nil)
-	}
-}
-
-// before are the phases in which a restore has not overwritten anything yet.
-var before = []string{"", "verifying", "preparing"}
-
 // work does it.
-func (r *restores) work(ctx context.Context, o *vmckptv1.VMRestore, committed *atomic.Bool) (*restore.Result, *jobs.ImageResult, error) {
+func (r *restores) work(ctx context.Context, o *vmckptv1.VMRestore) (*restore.Result, *jobs.ImageResult, error) {
 	vmi, err := r.findVMI(ctx, types.NamespacedName{Namespace: o.Namespace, Name: o.Status.VMIName}, o.Status.VMIUID)
 	if err != nil {
 		return nil, nil, err
@@ -192,15 +173,12 @@ func (r *restores) work(ctx context.Context, o *vmckptv1.VMRestore, committed *a
 	if digest := o.Status.Digest; digest != "" && digest != found.Digest.String() {
 		return nil, nil, &otherImageError{name: found.Name, want: digest, found: found.Digest.String()}
 	}
-	progress := report(ctx, r.Agent, func(ctx context.Context, p vmckptv1.Progress) error { return r.writeProgress(ctx, o, p) })
+	progress := report(context.WithoutCancel(ctx), r.Agent, func(ctx context.Context, p vmckptv1.Progress) error { return r.writeProgress(ctx, o, p) })
 	defer progress.stop()
 	result, err := r.o.Engine.Restore(ctx, jobs.RestoreRequest{
 		VM: machineOf(vmi), Repository: repositoryOn(volume, keyFile), Image: found.Name,
 		InPlace: o.Spec.Target.Mode == vmckptv1.RestoreInPlace, Run: o.Spec.After != vmckptv1.AfterPause, RecordDir: r.o.RecordDir,
 	}, func(p restore.Progress) {
-		if !slices.Contains(before, p.Phase) {
-			committed.Store(true)
-		}
 		progress.tell(vmckptv1.Progress{Step: p.Phase, DoneBytes: p.DoneBytes, TotalBytes: p.TotalBytes})
 	})
 	return result, found, err

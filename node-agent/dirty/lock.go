@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,6 +32,38 @@ func (e *BusyError) Is(target error) bool { return target == ErrBusy }
 // ErrBusy is what every [BusyError] is.
 var ErrBusy = errors.New("capture session is in use")
 
+// Somebody who looks ([Busy]) has the lock for a moment: it is tried again so often, after so long.
+const (
+	lockTries = 4
+	lockWait  = 2 * time.Millisecond
+)
+
+// Busy returns a [*BusyError] where another process has a process's session. It is a look, by which nobody owns anything: the session may be
+// taken or let go the moment after.
+func Busy(recordDir string, p Process) error {
+	dir, err := os.OpenRoot(recordDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("record directory: %w", err)
+	}
+	defer dir.Close()
+	f, err := dir.OpenFile(lockName(p), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look at the lock of the capture session of %v: %w", p, err)
+	}
+	defer f.Close()                                          // lets go of it as well
+	err = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) // two who look are not in each other's way
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return &BusyError{Process: p, Holder: readHolder(f)}
+	}
+	return err
+}
+
 // lockSession takes the lock of a process's session: a lock on a file, which the kernel lets go when its holder dies,
 // however. The file stays when the lock is let go; [Sweep] takes it away once the process is gone.
 func lockSession(dir *os.Root, p Process) (*os.File, error) {
@@ -37,7 +71,12 @@ func lockSession(dir *os.Root, p Process) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock capture session of %v: %w", p, err)
 	}
-	switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	for try := 1; errors.Is(err, unix.EWOULDBLOCK) && try < lockTries; try++ {
+		time.Sleep(lockWait)
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	switch {
 	case errors.Is(err, unix.EWOULDBLOCK):
 		busy := &BusyError{Process: p, Holder: readHolder(f)}
 		f.Close()

@@ -364,6 +364,10 @@ func TestOneSessionAtATime(t *testing.T) {
 	if !errors.Is(err, ErrBusy) || !errors.As(err, &busy) || busy.Holder != os.Getpid() {
 		t.Errorf("second session: %v", err)
 	}
+	busy = nil
+	if err := Busy(dir, c.process()); !errors.As(err, &busy) || busy.Holder != os.Getpid() {
+		t.Errorf("a look at it: %v", err)
+	}
 	if err := Release(t.Context(), c.process(), dir); !errors.Is(err, ErrBusy) {
 		t.Errorf("release of an open session: %v", err)
 	}

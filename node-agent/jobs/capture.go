@@ -38,7 +38,7 @@ func runCapture(ctx context.Context, r CaptureRequest, progress func(any)) (*cap
 		return nil, err
 	}
 	defer repository.Close()
-	process, monitor, err := r.VM.open(ctx)
+	process, monitor, err := r.VM.open(ctx, recordDir(r.RecordDir))
 	if err != nil {
 		return nil, err
 	}

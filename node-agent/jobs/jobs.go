@@ -55,13 +55,18 @@ type Handlers[Progress any] struct {
 
 // do has a job done in a worker.
 func do[Result, Progress any](ctx context.Context, name string, request any, h Handlers[Progress]) (*Result, error) {
+	return doCommitted[Result](ctx, name, request, h, nil)
+}
+
+// doCommitted is do for a job whose worker is not to be killed at some time: see [supervise.Options].
+func doCommitted[Result, Progress any](ctx context.Context, name string, request any, h Handlers[Progress], committed func() bool) (*Result, error) {
 	// Held here as well, so that the connection does not end with a worker that is killed: see [qemu.Settle].
 	socket, err := qemu.NewSocket()
 	if err != nil {
 		return nil, err
 	}
 	defer qemu.Settle(socket)
-	options := supervise.Options{Started: h.Started, Files: []*os.File{socket}}
+	options := supervise.Options{Started: h.Started, Files: []*os.File{socket}, Committed: committed}
 	if h.Progress != nil {
 		options.Progress = func(raw json.RawMessage) {
 			var p Progress

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/restore"
 )
 
 // ReleaseRequest asks for tracking to be taken out of a machine's process. No monitor is needed.
@@ -16,6 +17,9 @@ type ReleaseRequest struct {
 type ReleaseResult struct {
 	PID   int    `json:"pid"`
 	Guest string `json:"guest,omitempty"`
+
+	// MemoryInvalid says, where a restore has left the machine's memory half written, how. The mark of that stays.
+	MemoryInvalid string `json:"memoryInvalid,omitempty"`
 }
 
 // Release takes tracking out of a process, in a worker.
@@ -31,5 +35,9 @@ func runRelease(ctx context.Context, r ReleaseRequest, _ func(any)) (*ReleaseRes
 	if err := dirty.Release(ctx, sessionOf(process), recordDir(r.RecordDir)); err != nil {
 		return nil, err
 	}
-	return &ReleaseResult{PID: process.PID, Guest: process.Guest}, nil
+	result := &ReleaseResult{PID: process.PID, Guest: process.Guest}
+	if err := restore.Invalid(recordDir(r.RecordDir), sessionOf(process)); err != nil {
+		result.MemoryInvalid = err.Error()
+	}
+	return result, nil
 }

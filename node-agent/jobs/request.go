@@ -2,7 +2,9 @@ package jobs
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"time"
 
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
@@ -38,15 +40,38 @@ func (e *MonitorError) Error() string {
 
 func (e *MonitorError) Unwrap() error { return e.Err }
 
-// open finds the process and connects to its monitor.
-func (v VM) open(ctx context.Context) (*qemu.Process, qemu.Monitor, error) {
+// busyEvery is how often it is looked whether somebody else is at work on a machine whose monitor does not answer.
+const busyEvery = 100 * time.Millisecond
+
+// open finds the process and connects to its monitor. A plain socket serves one client at a time, and another's greeting never comes: where
+// somebody has the machine's session, by what is noted in the record directory, the error is a [dirty.ErrBusy] at once.
+func (v VM) open(ctx context.Context, recordDir string) (*qemu.Process, qemu.Monitor, error) {
 	p, err := v.Find(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	// A plain socket serves one client at a time, and another's greeting never comes.
-	dialing, cancel := context.WithTimeout(ctx, dialTimeout)
+	if err := dirty.Busy(recordDir, sessionOf(p)); errors.Is(err, dirty.ErrBusy) {
+		return nil, nil, err
+	}
+	bounded, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
+	dialing, end := context.WithCancelCause(bounded)
+	defer end(nil)
+	// Who has the socket may take the session only later.
+	go func() {
+		tick := time.NewTicker(busyEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-dialing.Done():
+				return
+			case <-tick.C:
+			}
+			if err := dirty.Busy(recordDir, sessionOf(p)); errors.Is(err, dirty.ErrBusy) {
+				end(err)
+			}
+		}
+	}()
 	options := qemu.DialOptions{QMPSocket: v.QMPSocket, LibvirtSocket: v.LibvirtSocket}
 	if files := supervise.Files(ctx); len(files) != 0 {
 		options.Socket = files[0]
@@ -55,6 +80,9 @@ func (v VM) open(ctx context.Context) (*qemu.Process, qemu.Monitor, error) {
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			return nil, nil, cause
+		}
+		if busy := context.Cause(dialing); errors.Is(busy, dirty.ErrBusy) {
+			return nil, nil, busy
 		}
 		return nil, nil, &MonitorError{Process: p, Err: err}
 	}

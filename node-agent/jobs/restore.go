@@ -26,6 +26,9 @@ type RestoreRequest struct {
 
 // Restore puts an image into a machine, in a worker. An error after which the machine's memory is invalid has [CodeLost], a worker
 // that was killed in the middle included. A machine that such a worker had stopped and not written to is continued.
+//
+// When ctx ends the restore does too, unless the machine's memory is being overwritten: that it brings to its end, and it succeeds. Whoever
+// cannot wait for that kills the worker, whose pid [Handlers].Started has.
 func Restore(ctx context.Context, r RestoreRequest, h Handlers[restore.Progress]) (*restore.Result, error) {
 	// Found here, for the case that the worker cannot tell any more which process it was at work on.
 	process, err := r.VM.Find(ctx)
@@ -33,11 +36,18 @@ func Restore(ctx context.Context, r RestoreRequest, h Handlers[restore.Progress]
 		return nil, err
 	}
 	r.VM.PID = process.PID
-	result, err := do[restore.Result](ctx, nameRestore, r, h)
+	began := time.Now()
+	result, err := doCommitted[restore.Result](ctx, nameRestore, r, h, func() bool { return r.Overwriting(process, began) })
 	if died := as[*supervise.DiedError](err); died != nil {
 		return nil, afterDeath(ctx, r, process, died)
 	}
 	return result, err
+}
+
+// Overwriting tells whether a restore of the request that began at some time, or later, is overwriting the memory of a process now.
+func (r RestoreRequest) Overwriting(process *qemu.Process, began time.Time) bool {
+	var invalid *restore.InvalidMemoryError
+	return errors.As(restore.Invalid(recordDir(r.RecordDir), sessionOf(process)), &invalid) && !invalid.Mark.Since.Before(began)
 }
 
 // continueBound is how long it may take to let a machine go on whose restore was killed: a disk that is being flushed by its `stop` is waited for.
@@ -69,7 +79,7 @@ func afterDeath(ctx context.Context, r RestoreRequest, process *qemu.Process, di
 }
 
 func runContinue(ctx context.Context, r RestoreRequest, _ func(any)) (any, error) {
-	process, monitor, err := r.VM.open(ctx)
+	process, monitor, err := r.VM.open(ctx, recordDir(r.RecordDir))
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +98,7 @@ func runRestore(ctx context.Context, r RestoreRequest, progress func(any)) (*res
 		return nil, err
 	}
 	defer img.Close()
-	process, monitor, err := r.VM.open(ctx)
+	process, monitor, err := r.VM.open(ctx, recordDir(r.RecordDir))
 	if err != nil {
 		return nil, err
 	}

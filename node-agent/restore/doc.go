@@ -24,6 +24,8 @@
 //   - Before the first byte of memory is written the marker says so, and it is gone only when all memory was seen to be right. However
 //     a restore ends before that, killed included, the machine stands still and is marked ([Invalid]): nothing here
 //     continues it, the next restore finishes it, and whoever else works on machines asks first.
+//   - A caller who wants the restore no more ends it before the mark. After it the restore is brought to its end, a second or so: the
+//     machine could not be used otherwise.
 //   - Only a standing machine is written to. Somebody who resumes it in the middle ends the restore, and the machine is stopped again. Nor
 //     does it go elsewhere: a migration ends the restore, and is cancelled.
 //   - No device may write memory while it is put in: the image's device state, and not the one that is about to vanish, goes with

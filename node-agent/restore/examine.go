@@ -35,10 +35,17 @@ func resizable(name string) bool {
 // examine looks at the machine and refuses what cannot be restored. It changes nothing.
 func (r *restore) examine(ctx context.Context) error {
 	m, p := r.target.Monitor, r.target.Process
-	if _, err := r.checkState(ctx, r.o.InPlace); err != nil {
+	_, err := r.checkState(ctx, r.o.InPlace)
+	if errors.Is(err, ErrNotPaused) {
+		// That it runs is the smaller part of what is wrong with a machine that is marked.
+		if invalid := new(InvalidMemoryError); errors.As(Invalid(r.o.RecordDir, r.target.session()), &invalid) {
+			invalid.Err = fmt.Errorf("%w, and must not: stop it, or repeat the restore in place", err)
+			return invalid
+		}
+	}
+	if err != nil {
 		return err
 	}
-	var err error
 	if r.layout, err = qemu.ReadLayout(ctx, m, p); err != nil {
 		return err
 	}

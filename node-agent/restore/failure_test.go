@@ -395,30 +395,79 @@ func TestQEMUDiesInTheMiddle(t *testing.T) {
 	}
 }
 
-// A cancelled restore ends at once.
+// A restore that is cancelled before the mark ends at once. After it the machine could not be used: the restore comes to its end.
 func TestCancel(t *testing.T) {
 	r := newRig(t)
 	source := r.start(small(machine.V72))
 	img := r.capture(source, "base")
 	twin := r.start(source.Twin())
-	for _, step := range Steps[:slices.Index(Steps, StepCompared)] {
+	for _, step := range Steps {
 		ctx, cancel := context.WithCancel(t.Context())
 		o := r.options()
+		o.Run = step == StepUnmarked || step == StepRunning
 		o.Hooks.Step = func(s Step) error {
 			if s == step {
 				cancel()
 			}
 			return nil
 		}
-		_, err := Run(ctx, twin.target(), img, o)
+		result, err := Run(ctx, twin.target(), img, o)
 		cancel()
-		if !errors.Is(err, context.Canceled) {
+		marked := slices.Index(Steps, step) >= slices.Index(Steps, StepMarked)
+		switch {
+		case !marked && !errors.Is(err, context.Canceled):
+			t.Errorf("cancelled at %q: %v", step, err)
+		case marked && (err != nil || result.Resumed != o.Run):
+			t.Errorf("cancelled at %q: %+v, %v", step, result, err)
+		}
+		if err := Invalid(r.records, twin.dirtyProcess()); err != nil {
 			t.Errorf("cancelled at %q: %v", step, err)
 		}
 		r.clean(twin)
+		if o.Run {
+			if err := twin.Stop(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	r.restore(twin, img, r.options())
 	r.goesOn(twin)
+}
+
+// Nor is a restore cut short by its caller while it writes memory; by somebody who resumes the machine it is, cancelled or not.
+func TestCancelledWhileMemoryIsWritten(t *testing.T) {
+	r := newRig(t)
+	source := r.start(small(machine.V10))
+	img := r.capture(source, "base")
+	for _, resume := range []bool{true, false} {
+		ctx, cancel := context.WithCancel(t.Context())
+		o := r.options()
+		o.InPlace = true
+		var writes atomic.Int32
+		o.Hooks.Write = func(string, pageset.Run) error {
+			switch n := writes.Add(1); {
+			case n == 3:
+				cancel()
+			case n == 5 && resume:
+				return source.Continue(t.Context())
+			}
+			time.Sleep(5 * time.Millisecond)
+			return nil
+		}
+		_, err := Run(ctx, source.target(), img, o)
+		cancel()
+		if !resume {
+			if err != nil {
+				t.Error(err)
+			}
+			continue
+		}
+		if !errors.Is(err, ErrResumed) {
+			t.Error(err)
+		}
+		r.marked(source, err)
+	}
+	r.judge(source, img)
+	r.goesOn(source)
 }
 
 // childVariable makes the test binary a restore that kills itself at a step: its value is a childRequest.
@@ -664,31 +713,20 @@ func TestRestoredAndNotRunning(t *testing.T) {
 	img := r.capture(source, "base")
 	o := r.options()
 	o.InPlace, o.Run = true, true
-	fails := func(ctx context.Context, step func(Step) error) {
-		t.Helper()
-		o.Hooks.Step = step
-		_, err := Run(ctx, source.target(), img, o)
-		var restored *RestoredError
-		if !errors.As(err, &restored) {
-			t.Error(err)
-		}
-		if err := Invalid(r.records, source.dirtyProcess()); err != nil {
-			t.Error(err)
-		}
-		if state := r.state(source); state != qemu.StatePaused {
-			t.Errorf("the machine is %s", state)
-		}
-		r.judge(source, img)
-		r.goesOn(source)
+	o.Hooks.Step = failAt(StepUnmarked)
+	_, err := Run(t.Context(), source.target(), img, o)
+	var restored *RestoredError
+	if !errors.As(err, &restored) {
+		t.Error(err)
 	}
-	fails(t.Context(), failAt(StepUnmarked))
-	ctx, cancel := context.WithCancel(t.Context())
-	fails(ctx, func(s Step) error {
-		if s == StepUnmarked {
-			cancel()
-		}
-		return nil
-	})
+	if err := Invalid(r.records, source.dirtyProcess()); err != nil {
+		t.Error(err)
+	}
+	if state := r.state(source); state != qemu.StatePaused {
+		t.Errorf("the machine is %s", state)
+	}
+	r.judge(source, img)
+	r.goesOn(source)
 
 	// Somebody who is faster does what was to be done.
 	o.Hooks.Step = func(s Step) error {

@@ -29,6 +29,10 @@ type restore struct {
 	blocks      []block // by the image's order
 	dirtyBlocks []dirty.Block
 
+	parent    context.Context // the caller's
+	detach    func() bool     // takes the work from it, unless it has ended
+	committed bool            // it was taken
+
 	session *dirty.Session
 	watch   *watch
 	stopped bool  // by us, out of running
@@ -42,9 +46,13 @@ type restore struct {
 // Run restores an image into the target. The errors to act on are [*image.DamageError] and [*MismatchError], [*StateError] ([ErrNotPaused]),
 // [dirty.ErrBusy], [dirty.ErrGone], [ErrResumed] and [ErrMigrating]. Whatever the error, the machine is as it was before, but for three:
 //
-//   - [*InvalidMemoryError]: it stands still with its memory half written, is marked so ([Invalid]), and waits for the next restore.
+//   - [*InvalidMemoryError]: it stands still with its memory half written, is marked so ([Invalid]), and waits for the next restore. Or it
+//     was found so, and running ([ErrNotPaused]): somebody else has resumed it, and it is for the caller to stop it or to allow that.
 //   - [*RestoredError]: it is restored, all of it, and was to run and does not.
 //   - [*StoppedError]: it stands still, was not written to, and ran before.
+//
+// When ctx ends before the machine is marked, so does the restore. After that it goes on to its end, the guest's running included, and
+// succeeds: only the end of this process is faster.
 func Run(ctx context.Context, target Target, img *image.Image, o Options) (_ *Result, err error) {
 	r := &restore{target: target, image: img, manifest: img.Manifest(), o: o.withDefaults()}
 	defer func() {
@@ -87,8 +95,12 @@ func (r *restore) readImage(ctx context.Context) (err error) {
 // withMachine does all that has to do with the machine.
 func (r *restore) withMachine(parent context.Context) (err error) {
 	r.report.phase("preparing", 0)
-	ctx, cancel := context.WithCancelCause(parent)
+	// Ends with the caller's context only until the mark is set, see [restore.commit]; with what the watch sees, always.
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(parent))
 	defer cancel(nil)
+	r.parent = parent
+	r.detach = context.AfterFunc(parent, func() { cancel(context.Cause(parent)) })
+	defer r.detach()
 	done := r.phase("examine")
 	if err := r.examine(ctx); err != nil {
 		return err
@@ -122,8 +134,8 @@ func (r *restore) withMachine(parent context.Context) (err error) {
 		err = seen
 	} else if seen != nil {
 		err = seen // whatever failed after it failed for that
-	} else if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
-		err = context.Cause(ctx)
+	} else if parent.Err() != nil && !r.committed {
+		err = endedBy(context.Cause(parent), err)
 	}
 	if err != nil {
 		return r.leave(dir, err)
@@ -134,7 +146,7 @@ func (r *restore) withMachine(parent context.Context) (err error) {
 	// Nothing that happens from here on takes anything from the machine but that it runs.
 	err = r.o.step(StepUnmarked)
 	if err == nil && r.o.Run {
-		err = r.run(parent)
+		err = r.run(ctx)
 	}
 	if err != nil && !r.target.Process.Alive() {
 		return fmt.Errorf("%w: %w", dirty.ErrGone, err)
@@ -269,6 +281,9 @@ func (r *restore) markInvalid(dir *os.Root) error {
 	r.watch.marked.Store(true)
 	err = r.watch.Err()
 	if err == nil {
+		err = r.commit()
+	}
+	if err == nil {
 		err = mark.write(dir)
 	}
 	if err != nil {
@@ -284,6 +299,24 @@ func (r *restore) markInvalid(dir *os.Root) error {
 		return err
 	}
 	return r.o.step(StepMarked)
+}
+
+// commit makes the work go on to its end though the caller may not want it any more: half a memory is worse than one second more. It fails
+// where the caller does not want it already.
+func (r *restore) commit() error {
+	if !r.detach() {
+		return context.Cause(r.parent)
+	}
+	r.committed = true
+	return nil
+}
+
+// endedBy says that work ended since its caller wanted it no more. How that showed may be far from it: a helper was killed.
+func endedBy(cause, err error) error {
+	if errors.Is(err, cause) || errors.Is(err, context.Canceled) {
+		return cause
+	}
+	return fmt.Errorf("%w (%v)", cause, err)
 }
 
 // A reset that QEMU refuses is tried again so often, after so long.
@@ -423,9 +456,6 @@ const continueBound = 5 * time.Second
 // run continues the machine.
 func (r *restore) run(ctx context.Context) error {
 	defer r.phase("run")()
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
 	// Not ours to continue in any state but those that a restore leaves it in.
 	running, err := r.checkState(ctx, true)
 	if err != nil {

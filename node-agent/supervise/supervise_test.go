@@ -180,6 +180,21 @@ func TestCancel(t *testing.T) {
 	}
 }
 
+// TestCommitted shows that a worker is not killed before what it does may be cut short.
+func TestCommitted(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	asked := 0
+	err := Run(ctx, "stubborn", nil, nil, Options{
+		Progress:  func(json.RawMessage) { cancel() },
+		Grace:     50 * time.Millisecond,
+		Committed: func() bool { asked++; return asked < 4 },
+	})
+	var died *DiedError
+	if !errors.As(err, &died) || asked != 4 {
+		t.Errorf("asked %d times, then %v", asked, err)
+	}
+}
+
 // TestSupervisorKilled shows that a worker ends in order when its supervisor is killed.
 func TestSupervisorKilled(t *testing.T) {
 	file := t.TempDir() + "/end"

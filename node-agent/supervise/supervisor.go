@@ -25,6 +25,10 @@ type Options struct {
 	// Grace is how long a worker that was asked to end may take before it is killed; zero means DefaultGrace.
 	Grace time.Duration
 
+	// Committed, where it is set, says that the work has come so far that ending it does more harm than its end is worth. Such a worker
+	// is asked to end, and not killed before it is so no more; that is left to the caller, who knows its pid.
+	Committed func() bool
+
 	// Files are for the worker, which has them by [Files]. They stay the caller's: what a worker that is killed has open is closed, and
 	// these are not.
 	Files []*os.File
@@ -38,7 +42,7 @@ type Options struct {
 const DefaultGrace = 10 * time.Second
 
 // Run does a job in a worker and stores what it returns in result, which may be nil. When ctx ends the worker is asked to end, and
-// killed if it does not. An error of the job's is a *[JobError], a worker that died a *[DiedError].
+// killed if it does not, in [Options].Grace. An error of the job's is a *[JobError], a worker that died a *[DiedError].
 func Run(ctx context.Context, job string, request, result any, o Options) error {
 	input, err := json.Marshal(request)
 	if err != nil {
@@ -79,11 +83,17 @@ func Run(ctx context.Context, job string, request, result any, o Options) error 
 		select {
 		case <-ctx.Done():
 			cmd.Process.Signal(unix.SIGTERM) //nolint:errcheck // it may be gone
-			select {
-			case <-time.After(o.Grace):
-				cmd.Process.Kill() //nolint:errcheck // it may be gone
-			case <-ended:
+			for {
+				select {
+				case <-time.After(o.Grace):
+				case <-ended:
+					return
+				}
+				if o.Committed == nil || !o.Committed() {
+					break
+				}
 			}
+			cmd.Process.Kill() //nolint:errcheck // it may be gone
 		case <-ended:
 		}
 	}()
