@@ -458,10 +458,13 @@ func TestSweep(t *testing.T) {
 	if err := os.Mkdir(left, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if got := runJSON[sweepJSON](s, 0, "sweep"); len(got.Removed) != 0 {
+	if got := runJSON[sweepJSON](s, 0, "sweep"); len(got.Removed) != 0 || got.Younger != 1 {
 		t.Errorf("what is young was removed: %v", got.Removed)
 	}
-	if got := runJSON[sweepJSON](s, 0, "sweep", "--older-than", "0s"); len(got.Removed) != 1 {
+	if got := s.ok("sweep"); !strings.Contains(got, "nothing older than 1h; 1 younger, ") || !strings.Contains(got, "--older-than 0s") {
+		t.Errorf("in words:\n%s", got)
+	}
+	if got := runJSON[sweepJSON](s, 0, "sweep", "--older-than", "0s"); len(got.Removed) != 1 || got.Younger != 0 {
 		t.Errorf("removed: %v", got.Removed)
 	}
 	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
