@@ -76,7 +76,7 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeBusy:
 		return exitBusy, "wait for the other one to end, and try again"
 	case jobs.CodeNotPermitted:
-		return exitRefused, "reading and writing another process's memory needs root (CAP_SYS_PTRACE)"
+		return exitRefused, "root is needed: to reach the monitor of another user's QEMU, and to read and write its memory (CAP_SYS_PTRACE, CAP_DAC_OVERRIDE)"
 	case jobs.CodeNoAccess:
 		return exitRefused, "look at the owner and the mode of what the message names (in the repository, or this host's --record-dir), and whether its volume is mounted read-only"
 	case jobs.CodeLost:

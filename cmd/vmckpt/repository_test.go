@@ -52,6 +52,9 @@ func TestUsage(t *testing.T) {
 		{"restore", "IMAGE is missing", env},
 		{"restore web-1", "which machine", env},
 		{"release", "which machine", env},
+		{"capture --uuid zz", "want a UUID", env},
+		{"help foo", "no such command", env},
+		{"completion tcsh", "bash, zsh", env},
 	} {
 		t.Run(c.args, func(t *testing.T) {
 			stdout, stderr, exit := runWith(t, c.env, strings.Fields(c.args)...)
@@ -65,8 +68,19 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// TestUsageJSON has exactly one JSON value answer what was typed wrong, wherever --output stands.
+func TestUsageJSON(t *testing.T) {
+	s := &shell{t: t, repo: t.TempDir(), key: "/nowhere"}
+	for _, args := range [][]string{{"frobnicate"}, {"list", "--frobnicate"}, {"help", "foo"}, {"completion", "tcsh"}, {"list", "web"}} {
+		got := runJSON[struct{ Error failureJSON }](s, exitUsage, args...).Error
+		if got.Code != codeUsage || got.Hint == "" {
+			t.Errorf("%v: %+v", args, got)
+		}
+	}
+}
+
 func TestHelpIsNoFailure(t *testing.T) {
-	for _, args := range [][]string{{}, {"help"}, {"--help"}, {"capture", "--help"}, {"help", "restore"}} {
+	for _, args := range [][]string{{}, {"help"}, {"--help"}, {"capture", "--help"}, {"help", "restore"}, {"completion"}} {
 		stdout, stderr, exit := runWith(t, nil, args...)
 		if exit != 0 || stderr != "" || !strings.Contains(stdout, "Usage:") {
 			t.Errorf("vmckpt %s: exit code %d, standard error %q", strings.Join(args, " "), exit, stderr)

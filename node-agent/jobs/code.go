@@ -68,6 +68,9 @@ func CodeOf(err error) Code {
 	case as[*qemu.AmbiguousError](err) != nil:
 		return CodeAmbiguous
 	case as[*MonitorError](err) != nil:
+		if errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM) {
+			return CodeNotPermitted // another user's process, or its socket
+		}
 		return CodeUnreachable
 	case as[*qemu.RefusedError](err) != nil:
 		return refusedCode(as[*qemu.RefusedError](err))

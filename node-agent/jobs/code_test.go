@@ -41,6 +41,7 @@ func TestCodes(t *testing.T) {
 		{dirty.ErrGone, CodeNoVM},
 		{&qemu.AmbiguousError{}, CodeAmbiguous},
 		{&MonitorError{process, context.DeadlineExceeded}, CodeUnreachable},
+		{&MonitorError{process, &fs.PathError{Op: "open", Path: "/proc/7/root", Err: syscall.EACCES}}, CodeNotPermitted},
 		{fmt.Errorf("make repository: %w", &image.NotEmptyError{Name: "file"}), CodeExists},
 		{fmt.Errorf("open: %w", image.ErrNotDirectory), CodeNotFound},
 		{fmt.Errorf("delete: %w", image.ErrNotImage), CodeRefused},
