@@ -23,7 +23,8 @@ type program struct {
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	now            func() time.Time
-	terminal       bool // stderr is one
+	terminal       bool       // stderr is one
+	columns        func() int // that it has
 	signals        <-chan os.Signal
 
 	output     outputFormat
