@@ -47,7 +47,7 @@ func TestNothingSpeaksToTheTerminal(t *testing.T) {
 	p.printf("%s removed\n", "tmp/"+nasty+"\n")
 	p.table([][]string{{"IMAGE", ""}, {nasty + "\n", "second"}})
 	p.fields(field{"differs", qemu.Difference{What: nasty, Recorded: "a", Present: nasty}.String()})
-	p.printRestore(&qemu.Process{PID: 1, Guest: nasty}, &restore.Result{Image: "i", Warnings: []string{nasty}})
+	p.printRestore(&qemu.Process{PID: 1, Guest: nasty}, &restore.Result{Image: "i", Warnings: []string{nasty}}, "")
 	p.complain(&fs.PathError{Op: "open", Path: nasty, Err: errors.New(nasty)})
 	p.complain(errors.Join(errors.New("one"), errors.New(nasty)))
 	p.warn("%v, %v", nasty, errors.New(nasty))
