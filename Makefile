@@ -32,11 +32,9 @@ setup: ## Install, unpack and build all that tests need (needs root; quiet when 
 	@hack/setup test
 
 .PHONY: build
-build: ## bin/vmckpt, and every test's binary in bin/test
+build: ## bin/vmckpt and the operator's programs
 	@hack/setup build
 	CGO_ENABLED=0 go build -trimpath -o bin/ ./cmd/...
-	@mkdir -p bin/test
-	go test -c -o bin/test/ ./...
 
 .PHONY: generate
 generate: ## What is made from the API's types: deep copies, CRDs

@@ -25,6 +25,8 @@ type captureJSON struct {
 	MemoryBytes uint64 `json:"memoryBytes"`
 	OwnBytes    int64  `json:"ownBytes"`
 	TotalBytes  int64  `json:"totalBytes"`
+
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 // vmJSON names the machine that was worked on.
@@ -128,6 +130,7 @@ func (p *program) captured(ctx context.Context, process *qemu.Process, result *c
 		Result: result, Repository: p.repository, Kind: "base",
 		VM:          vmJSON{process.PID, process.Guest, process.UUID},
 		MemoryBytes: m.MemoryBytes(), OwnBytes: m.OwnBytes(), TotalBytes: m.FileBytes(),
+		Warnings: disksWarnings(m.Machine),
 	}
 	if m.Parent != nil {
 		answer.Kind = "increment"
@@ -139,6 +142,7 @@ func (p *program) captured(ctx context.Context, process *qemu.Process, result *c
 			field{"size", sizesText(&m)},
 			field{"took", tookText(result)},
 			field{"paused", pausedText(result)},
+			field{"disks", disksText(m.Machine)},
 		)
 		p.printPauses(result)
 		p.printPages(&m)

@@ -58,7 +58,7 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeKey:
 		return exitUsage, "--key wants a file that `vmckpt init` made, outside the repository, this user's or root's, and readable by its owner alone"
 	case jobs.CodeRefused:
-		return exitRefused, "nothing was touched; docs/operation.md has each reason and what to do about it"
+		return exitRefused, "nothing was touched; the message names each reason: change the machine so that it has none of them"
 	case jobs.CodeState:
 		return exitRefused, "nothing was touched; try again when the VM is in another state (restore stops a running VM with --in-place only)"
 	case jobs.CodeUnsteady:
@@ -72,11 +72,11 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeWrongKey:
 		return exitDamaged, "use the key file that the image was written with"
 	case jobs.CodeNoSpace:
-		return exitNoSpace, "make room: `vmckpt delete` images that are not needed, `vmckpt sweep` leftovers; nothing was lost and the VM runs on"
+		return exitNoSpace, "make room: `vmckpt delete` images that are not needed, `vmckpt sweep --older-than 0s` removes leftovers; nothing was lost, and a VM under capture runs on"
 	case jobs.CodeBusy:
 		return exitBusy, "wait for the other one to end, and try again"
 	case jobs.CodeNotPermitted:
-		return exitRefused, "reading and writing another process's memory needs root (CAP_SYS_PTRACE)"
+		return exitRefused, "root is needed: to reach the monitor of another user's QEMU, and to read and write its memory (CAP_SYS_PTRACE, CAP_DAC_OVERRIDE)"
 	case jobs.CodeNoAccess:
 		return exitRefused, "look at the owner and the mode of what the message names (in the repository, or this host's --record-dir), and whether its volume is mounted read-only"
 	case jobs.CodeLost:
@@ -108,9 +108,25 @@ type damageJSON struct {
 	Offset int64  `json:"offset"` // -1 where it cannot be told
 }
 
+// hintOf says what can be done about an error, where more is known of it than its code; else it returns the code's hint.
+func hintOf(err error) string {
+	var notEmpty *image.NotEmptyError
+	switch {
+	case errors.As(err, &notEmpty):
+		return "nothing was made; name an empty or a new directory with --repo"
+	case errors.Is(err, image.ErrNotDirectory):
+		return "name a directory with --repo"
+	case errors.Is(err, image.ErrNotImage):
+		return "nothing was removed; who put it there may remove it (`rm`)"
+	case errors.Is(err, errRepositoryThere):
+		return "use it as it is (`vmckpt list`), or name another directory with --repo"
+	}
+	_, hint := exitAndHint(codeOf(err))
+	return hint
+}
+
 func describe(err error) *failureJSON {
-	f := &failureJSON{Code: codeOf(err), Message: err.Error()}
-	_, f.Hint = exitAndHint(f.Code)
+	f := &failureJSON{Code: codeOf(err), Message: err.Error(), Hint: hintOf(err)}
 	var damage *image.DamageError
 	if errors.As(err, &damage) {
 		f.Damage = &damageJSON{Image: damage.Image, File: damage.File, Offset: damage.Offset}

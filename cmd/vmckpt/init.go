@@ -40,14 +40,17 @@ must not lie in the repository. Keep a copy of it.`,
 	return c
 }
 
-func (p *program) init(ctx context.Context, encrypt bool) error {
+// errRepositoryThere says that init was to make a repository of what is one.
+var errRepositoryThere = fmt.Errorf("the repository %w", image.ErrExists)
+
+func (p *program) init(ctx context.Context, encrypt bool) (err error) {
 	r, err := p.repositoryRequest()
 	if err != nil {
 		return err
 	}
 	// A repository that is there already is told before a key is made for it.
 	if _, err := os.Lstat(filepath.Join(r.Dir, "repository.json")); err == nil {
-		return fmt.Errorf("make repository %s: %w", r.Dir, image.ErrExists)
+		return fmt.Errorf("make repository %s: %w", r.Dir, errRepositoryThere)
 	}
 	created := false
 	keys, err := r.Keys()
@@ -59,6 +62,12 @@ func (p *program) init(ctx context.Context, encrypt bool) error {
 		if keys, err = image.NewKeyFile(r.KeyFile, encrypt); err != nil {
 			return &jobs.KeyError{Err: err}
 		}
+		// A key without a repository is of no use, and would be taken for one that was there the next time.
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, os.Remove(r.KeyFile))
+			}
+		}()
 	case err != nil:
 		return err
 	}

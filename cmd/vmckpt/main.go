@@ -25,7 +25,14 @@ func main() {
 		getenv:   os.Getenv,
 		now:      time.Now,
 		terminal: term.IsTerminal(int(os.Stderr.Fd())),
-		signals:  signals,
+		columns: func() int {
+			columns, _, err := term.GetSize(int(os.Stderr.Fd()))
+			if err != nil {
+				return 0
+			}
+			return columns
+		},
+		signals: signals,
 	}
 	os.Exit(p.run(context.Background(), os.Args[1:]))
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
@@ -22,7 +23,8 @@ type program struct {
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	now            func() time.Time
-	terminal       bool // stderr is one
+	terminal       bool       // stderr is one
+	columns        func() int // that it has
 	signals        <-chan os.Signal
 
 	output     outputFormat
@@ -60,10 +62,21 @@ func (p *program) run(ctx context.Context, args []string) int {
 		return 0
 	}
 	p.called = c.CommandPath()
-	if !p.began { // what it could not understand it says in several lines
+	if !p.began {
+		p.findOutput(args) // what it could not understand it says in several lines
 		err = &usageError{errors.New(strings.Join(strings.Fields(err.Error()), " "))}
 	}
 	return p.fail(err)
+}
+
+// findOutput looks for --output among arguments that could not be understood, whether or not it stands behind what could not be.
+func (p *program) findOutput(args []string) {
+	f := pflag.NewFlagSet("", pflag.ContinueOnError)
+	f.ParseErrorsWhitelist.UnknownFlags = true
+	f.SetOutput(io.Discard)
+	f.VarP(&p.output, "output", "o", "")
+	f.BoolP("help", "h", false, "")
+	f.Parse(args) //nolint:errcheck // there is one to tell of already
 }
 
 // command returns the whole tree of commands.
@@ -93,7 +106,36 @@ increments that hold what changed. Each can be restored, and deleted, without th
 		p.initCommand(), p.captureCommand(), p.restoreCommand(), p.listCommand(), p.showCommand(), p.verifyCommand(),
 		p.deleteCommand(), p.sweepCommand(), p.releaseCommand(),
 	)
+	root.SetHelpCommand(helpCommand())
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		if c.Name() == "completion" { // by itself it takes any word, and prints its help
+			c.RunE = func(c *cobra.Command, args []string) error {
+				if len(args) > 0 {
+					return &usageError{fmt.Errorf("no completion script for %q: want bash, zsh, fish or powershell", args[0])}
+				}
+				return c.Help()
+			}
+			c.Args = cobra.ArbitraryArgs
+		}
+	}
 	return root
+}
+
+// helpCommand is cobra's help, but for that what there is no help on is an error.
+func helpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "Explain a command",
+		RunE: func(c *cobra.Command, args []string) error {
+			on, rest, err := c.Root().Find(args)
+			if err != nil || len(rest) > 0 {
+				return &usageError{fmt.Errorf("no help on %q: there is no such command", strings.Join(args, " "))}
+			}
+			on.InitDefaultHelpFlag()
+			return on.Help()
+		},
+	}
 }
 
 // version says which source this was built from, as far as the Go toolchain has noted it.

@@ -50,7 +50,7 @@ func (p *program) meter() meter {
 	}
 	switch style {
 	case progressBar:
-		return &barMeter{w: p.stderr}
+		return &barMeter{w: p.stderr, columns: p.columns}
 	case progressPlain:
 		return &plainMeter{w: p.stderr, now: p.now}
 	}
@@ -64,10 +64,47 @@ func (noMeter) end()                    {}
 
 // barMeter draws one bar, for the phase that the work is in.
 type barMeter struct {
-	w     io.Writer
-	bar   *progressbar.ProgressBar
-	phase string
-	total int64
+	w       io.Writer
+	columns func() int // that the terminal has; nil or 0 where it is none
+	bar     *progressbar.ProgressBar
+	phase   string
+	total   int64
+}
+
+// What a bar's line takes at most, in columns. A line that wraps is never taken away again.
+const (
+	barColumns     = 30 // the bar itself
+	labelColumns   = 10 // the shortest label that says something
+	numbersColumns = 49 // "100% ||", sizes, rate and times
+	percentColumns = 10 // "100% ||" and the blanks behind it
+	usualColumns   = 80 // of a terminal that does not say
+)
+
+// layout says how the columns of a terminal are shared out: label, bar, and whether there is room for numbers. The last column stays free:
+// some terminals wrap when it is written.
+func layout(columns int) (label, bar int, numbers bool) {
+	if columns <= 0 {
+		columns = usualColumns
+	}
+	rest := columns - 1 - percentColumns
+	if room := columns - 1 - numbersColumns; room >= labelColumns+3 {
+		rest, numbers = room, true
+	}
+	bar = min(barColumns, max(1, rest-2*labelColumns, rest/3))
+	return max(1, rest-bar), bar, numbers
+}
+
+// cut shortens a label that has no room, in the middle: both its ends tell images apart.
+func cut(label string, columns int) string {
+	all := []rune(label)
+	if len(all) <= columns {
+		return label
+	}
+	if columns < 5 {
+		return string(all[:columns])
+	}
+	head := (columns - 1) / 2
+	return string(all[:head]) + "…" + string(all[len(all)-(columns-1-head):])
 }
 
 func (m *barMeter) at(phase string, done, total int64) {
@@ -75,7 +112,7 @@ func (m *barMeter) at(phase string, done, total int64) {
 	if m.bar == nil || phase != m.phase || total != m.total {
 		m.end()
 		m.phase, m.total = phase, total
-		m.bar = newBar(m.w, phase, total)
+		m.bar = newBar(m.w, phase, total, m.columns)
 	}
 	if total != 0 {
 		done = min(done, total)
@@ -83,11 +120,16 @@ func (m *barMeter) at(phase string, done, total int64) {
 	m.bar.Set64(done) //nolint:errcheck // a terminal that is gone is no reason to stop
 }
 
-func newBar(w io.Writer, phase string, total int64) *progressbar.ProgressBar {
+func newBar(w io.Writer, phase string, total int64, terminal func() int) *progressbar.ProgressBar {
+	columns := 0
+	if terminal != nil {
+		columns = terminal()
+	}
+	label, bar, numbers := layout(columns)
 	options := []progressbar.Option{
 		progressbar.OptionSetWriter(w),
-		progressbar.OptionSetDescription(fmt.Sprintf("%-10s", phase)),
-		progressbar.OptionSetWidth(30),
+		progressbar.OptionSetDescription(fmt.Sprintf("%-*s", min(label, labelColumns), cut(phase, label))),
+		progressbar.OptionSetWidth(bar),
 		progressbar.OptionThrottle(100 * time.Millisecond),
 		progressbar.OptionClearOnFinish(),
 		progressbar.OptionSetElapsedTime(false),
@@ -96,6 +138,9 @@ func newBar(w io.Writer, phase string, total int64) *progressbar.ProgressBar {
 	if total == 0 {
 		// A spinner that turns with the progress: by itself it would go on turning after its phase.
 		return progressbar.NewOptions64(-1, append(options, progressbar.OptionSetSpinnerChangeInterval(0))...)
+	}
+	if !numbers {
+		return progressbar.NewOptions64(total, append(options, progressbar.OptionSetPredictTime(false))...)
 	}
 	return progressbar.NewOptions64(total, append(options,
 		progressbar.OptionShowBytes(true),

@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -58,6 +59,30 @@ sealing
 `
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// TestBarFits looks that no line of a bar wraps.
+func TestBarFits(t *testing.T) {
+	for _, columns := range []int{20, 40, 60, 70, 80, 120} {
+		var out strings.Builder
+		m := &barMeter{w: &out, columns: func() int { return columns }}
+		for _, total := range []int64{0, 1000 << 30} {
+			for _, phase := range []string{"copying", "[10/12] verifying a-machine-with-a-very-long-name-20260102t030405.678z"} {
+				m.at(phase, 0, total)
+				time.Sleep(110 * time.Millisecond) // it draws no more often
+				m.at(phase, 999<<30, total)
+			}
+		}
+		m.end()
+		for _, line := range strings.FieldsFunc(out.String(), func(r rune) bool { return r == '\r' || r == '\n' }) {
+			if n := utf8.RuneCountInString(line); n >= columns && strings.TrimSpace(line) != "" {
+				t.Errorf("%d columns on a terminal of %d: %q", n, columns, line)
+			}
+		}
+		if columns >= 60 && !strings.Contains(out.String(), "05.678z") {
+			t.Errorf("%d columns: the label's end is not there", columns)
+		}
 	}
 }
 

@@ -52,6 +52,9 @@ func TestUsage(t *testing.T) {
 		{"restore", "IMAGE is missing", env},
 		{"restore web-1", "which machine", env},
 		{"release", "which machine", env},
+		{"capture --uuid zz", "want a UUID", env},
+		{"help foo", "no such command", env},
+		{"completion tcsh", "bash, zsh", env},
 	} {
 		t.Run(c.args, func(t *testing.T) {
 			stdout, stderr, exit := runWith(t, c.env, strings.Fields(c.args)...)
@@ -65,8 +68,19 @@ func TestUsage(t *testing.T) {
 	}
 }
 
+// TestUsageJSON has exactly one JSON value answer what was typed wrong, wherever --output stands.
+func TestUsageJSON(t *testing.T) {
+	s := &shell{t: t, repo: t.TempDir(), key: "/nowhere"}
+	for _, args := range [][]string{{"frobnicate"}, {"list", "--frobnicate"}, {"help", "foo"}, {"completion", "tcsh"}, {"list", "web"}} {
+		got := runJSON[struct{ Error failureJSON }](s, exitUsage, args...).Error
+		if got.Code != codeUsage || got.Hint == "" {
+			t.Errorf("%v: %+v", args, got)
+		}
+	}
+}
+
 func TestHelpIsNoFailure(t *testing.T) {
-	for _, args := range [][]string{{}, {"help"}, {"--help"}, {"capture", "--help"}, {"help", "restore"}} {
+	for _, args := range [][]string{{}, {"help"}, {"--help"}, {"capture", "--help"}, {"help", "restore"}, {"completion"}} {
 		stdout, stderr, exit := runWith(t, nil, args...)
 		if exit != 0 || stderr != "" || !strings.Contains(stdout, "Usage:") {
 			t.Errorf("vmckpt %s: exit code %d, standard error %q", strings.Join(args, " "), exit, stderr)
@@ -86,7 +100,7 @@ func TestInit(t *testing.T) {
 		t.Errorf("key file: %v, %v", info, err)
 	}
 	failed := runJSON[struct{ Error failureJSON }](s, exitUsage, "init")
-	if failed.Error.Code != jobs.CodeExists {
+	if failed.Error.Code != jobs.CodeExists || !strings.Contains(failed.Error.Hint, "another directory") {
 		t.Errorf("a second time: %+v", failed.Error)
 	}
 	s.repo = filepath.Join(dir, "two")
@@ -104,6 +118,64 @@ func TestInit(t *testing.T) {
 	}
 	if _, err := os.Stat(s.repo); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a repository was made all the same: %v", err)
+	}
+}
+
+// TestInitRefused refuses directories that cannot become repositories, says why, and leaves no key behind.
+func TestInitRefused(t *testing.T) {
+	check := func(s *shell, exit int, code jobs.Code, message, hint string) {
+		t.Helper()
+		got := runJSON[struct{ Error failureJSON }](s, exit, "init").Error
+		if got.Code != code || !strings.Contains(got.Message, message) || !strings.Contains(got.Hint, hint) {
+			t.Errorf("%+v", got)
+		}
+		if _, err := os.Stat(s.key); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("a key file was left: %v", err)
+		}
+	}
+	s := &shell{t: t, repo: t.TempDir(), key: filepath.Join(t.TempDir(), "key")}
+	file := filepath.Join(s.repo, "file")
+	if err := os.WriteFile(file, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check(s, exitUsage, jobs.CodeExists, `"file"`, "empty")
+	s.repo = file
+	check(s, exitNotFound, jobs.CodeNotFound, file+" is not a directory", "--repo")
+
+	t.Run("full volume", func(t *testing.T) {
+		volume := t.TempDir()
+		if err := unix.Mount("none", volume, "tmpfs", 0, "size=4k"); err != nil {
+			t.Skipf("not available here: mounting a small volume: %v", err)
+		}
+		t.Cleanup(func() { unix.Unmount(volume, unix.MNT_DETACH) }) //nolint:errcheck // the directory cannot be removed else, and that is told
+		if err := os.WriteFile(filepath.Join(volume, "full"), make([]byte, 4096), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s := &shell{t: t, repo: filepath.Join(volume, "repository"), key: filepath.Join(t.TempDir(), "key")}
+		check(s, exitNoSpace, jobs.CodeNoSpace, "full", "make room")
+		s.repo, s.key = filepath.Join(t.TempDir(), "repository"), filepath.Join(volume, "key")
+		check(s, exitNoSpace, jobs.CodeNoSpace, s.key, "make room")
+	})
+}
+
+// TestNotARepository names a file as repository, and has delete take a stranger's directory for an image.
+func TestNotARepository(t *testing.T) {
+	s := family(t)
+	stranger := filepath.Join(s.repo, "images", "stranger")
+	if err := os.Mkdir(stranger, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(stranger, "letter"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := runJSON[deleteJSON](s, exitRefused, "delete", "stranger").Images[0].Error
+	if got.Code != jobs.CodeRefused || !strings.Contains(got.Hint, "nothing was removed") {
+		t.Errorf("delete: %+v", got)
+	}
+	s.repo = filepath.Join(s.repo, "repository.json")
+	if failed := runJSON[struct{ Error failureJSON }](s, exitNotFound, "list").Error; !strings.Contains(failed.Message, "is not a directory") ||
+		!strings.Contains(failed.Hint, "--repo") {
+		t.Errorf("list: %+v", failed)
 	}
 }
 
@@ -400,10 +472,13 @@ func TestSweep(t *testing.T) {
 	if err := os.Mkdir(left, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if got := runJSON[sweepJSON](s, 0, "sweep"); len(got.Removed) != 0 {
+	if got := runJSON[sweepJSON](s, 0, "sweep"); len(got.Removed) != 0 || got.Younger != 1 {
 		t.Errorf("what is young was removed: %v", got.Removed)
 	}
-	if got := runJSON[sweepJSON](s, 0, "sweep", "--older-than", "0s"); len(got.Removed) != 1 {
+	if got := s.ok("sweep"); !strings.Contains(got, "nothing older than 1h; 1 younger, ") || !strings.Contains(got, "--older-than 0s") {
+		t.Errorf("in words:\n%s", got)
+	}
+	if got := runJSON[sweepJSON](s, 0, "sweep", "--older-than", "0s"); len(got.Removed) != 1 || got.Younger != 0 {
 		t.Errorf("removed: %v", got.Removed)
 	}
 	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {

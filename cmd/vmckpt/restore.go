@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"time"
 
@@ -19,6 +20,8 @@ type restoreJSON struct {
 	*restore.Result
 	Repository string `json:"repository"`
 	VM         vmJSON `json:"vm"`
+
+	Warnings []string `json:"warnings,omitempty"` // the result's, and that disks are as they are
 }
 
 func (p *program) restoreCommand() *cobra.Command {
@@ -93,12 +96,31 @@ func (p *program) restore(ctx context.Context, r jobs.RestoreRequest) (err error
 	if interrupted {
 		p.tell("interrupted; the restore was brought to its end, since the machine's memory was being overwritten\n")
 	}
-	answer := restoreJSON{Result: result, Repository: p.repository, VM: vmJSON{process.PID, process.Guest, process.UUID}}
-	p.answer(answer, func() { p.printRestore(process, result) })
+	machine := p.machineOf(ctx, r.Image)
+	answer := restoreJSON{
+		Result: result, Repository: p.repository, VM: vmJSON{process.PID, process.Guest, process.UUID},
+		Warnings: append(disksWarnings(machine), result.Warnings...),
+	}
+	p.answer(answer, func() { p.printRestore(process, result, disksText(machine)) })
 	return nil
 }
 
-func (p *program) printRestore(process *qemu.Process, r *restore.Result) {
+// machineOf returns what an image says of its machine; nothing where it cannot be read, such as one that was deleted since.
+func (p *program) machineOf(ctx context.Context, name string) json.RawMessage {
+	repository, err := p.open()
+	if err != nil {
+		return nil
+	}
+	defer repository.Close()
+	i, err := repository.Open(ctx, name)
+	if err != nil {
+		return nil
+	}
+	defer i.Close()
+	return i.Manifest().Machine
+}
+
+func (p *program) printRestore(process *qemu.Process, r *restore.Result, disks string) {
 	state := "stands still; `cont` or --run lets it run"
 	if r.Resumed {
 		state = "runs"
@@ -123,6 +145,7 @@ func (p *program) printRestore(process *qemu.Process, r *restore.Result) {
 		{"compared", fmt.Sprintf("%s pages after the load; %s put in again", countText(r.ComparedPages), countText(again))},
 		{"took", durationText(r.Duration) + phasesText(phases)},
 		{"tracking", tracking},
+		{"disks", disks},
 	}
 	for _, d := range r.Tolerated {
 		list = append(list, field{"differs", d.String()})

@@ -112,6 +112,27 @@ func machineText(recorded json.RawMessage) string {
 	return fmt.Sprintf("%s (%s), %s, %s, QEMU %v", m.Type, m.Accelerator, plural(cpus, "CPU"), plural(len(m.Devices), "device"), m.QEMU)
 }
 
+// disksText says which disks of an image's machine the guest can write: they are not part of it. Empty where there are none.
+func disksText(recorded json.RawMessage) string {
+	var m qemu.Machine
+	if json.Unmarshal(recorded, &m) != nil || len(m.WritableDisks) == 0 {
+		return ""
+	}
+	verb := "is"
+	if len(m.WritableDisks) > 1 {
+		verb = "are"
+	}
+	return fmt.Sprintf("not part of the image: %s %s writable", strings.Join(m.WritableDisks, ", "), verb)
+}
+
+// disksWarnings is the same for scripts.
+func disksWarnings(recorded json.RawMessage) []string {
+	if text := disksText(recorded); text != "" {
+		return []string{"disks are " + text}
+	}
+	return nil
+}
+
 func (p *program) printShow(n *node, answer *showJSON) {
 	m := &n.Manifest
 	kind := kindText(m, &n.report)
@@ -135,6 +156,7 @@ func (p *program) printShow(n *node, answer *showJSON) {
 		field{"digest", n.Digest.String()},
 		field{"id", m.ID.String()},
 		field{"machine", machineText(m.Machine)},
+		field{"disks", disksText(m.Machine)},
 		field{"attributes", strings.Join(attributes, ", ")},
 		field{"size", sizesText(m)},
 		field{"stored", fmt.Sprintf("compression %s, encryption %s", m.Compression, m.Encryption)},

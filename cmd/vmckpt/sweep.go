@@ -14,7 +14,10 @@ import (
 // sweepJSON is the answer of sweep.
 type sweepJSON struct {
 	Repository string   `json:"repository"`
-	Removed    []string `json:"removed"`   // paths in the repository
+	Removed    []string `json:"removed"` // paths in the repository
+	Younger    int      `json:"younger"` // left alone, since they are not old enough
+	Bytes      int64    `json:"youngerBytes"`
+	Foreign    []string `json:"foreign"`   // paths of what VMckpt did not put there: left alone
 	Processes  int      `json:"processes"` // that are gone, and had records on this host
 }
 
@@ -49,6 +52,20 @@ func (p *program) sweep(ctx context.Context, olderThan time.Duration, recordDir 
 	if err != nil {
 		return err
 	}
+	answer := sweepJSON{Repository: p.repository, Removed: append([]string{}, removed...), Foreign: []string{}}
+	left, err := repository.Leftovers(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range left {
+		switch {
+		case l.Foreign:
+			answer.Foreign = append(answer.Foreign, l.Path)
+		case !l.Alive:
+			answer.Younger++
+			answer.Bytes += l.Bytes
+		}
+	}
 	records, err := dirty.Sweep(recordDir)
 	if err != nil {
 		return err
@@ -67,13 +84,23 @@ func (p *program) sweep(ctx context.Context, olderThan time.Duration, recordDir 
 			p.warnStopped(recordDir, process)
 		}
 	}
-	answer := sweepJSON{Repository: p.repository, Removed: append([]string{}, removed...), Processes: max(records, marks)}
+	answer.Processes = max(records, marks)
 	p.answer(answer, func() {
 		for _, path := range removed {
 			p.printf("%s removed\n", path)
 		}
-		if len(removed) == 0 {
-			p.printf("nothing half-written is left behind that is older than %s\n", spanText(olderThan))
+		switch {
+		case answer.Younger > 0:
+			nothing := "left alone"
+			if len(removed) == 0 {
+				nothing = "nothing older than " + spanText(olderThan)
+			}
+			p.printf("%s; %d younger, %s: --older-than 0s removes what no capture under way has\n", nothing, answer.Younger, sizeText(answer.Bytes))
+		case len(removed) == 0:
+			p.printf("nothing half-written is left behind\n")
+		}
+		for _, path := range answer.Foreign {
+			p.printf("%s left alone: VMckpt did not put it there\n", path)
 		}
 		if answer.Processes > 0 {
 			p.printf("records of machines that have ended removed: %d\n", answer.Processes)

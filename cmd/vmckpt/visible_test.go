@@ -47,7 +47,7 @@ func TestNothingSpeaksToTheTerminal(t *testing.T) {
 	p.printf("%s removed\n", "tmp/"+nasty+"\n")
 	p.table([][]string{{"IMAGE", ""}, {nasty + "\n", "second"}})
 	p.fields(field{"differs", qemu.Difference{What: nasty, Recorded: "a", Present: nasty}.String()})
-	p.printRestore(&qemu.Process{PID: 1, Guest: nasty}, &restore.Result{Image: "i", Warnings: []string{nasty}})
+	p.printRestore(&qemu.Process{PID: 1, Guest: nasty}, &restore.Result{Image: "i", Warnings: []string{nasty}}, "")
 	p.complain(&fs.PathError{Op: "open", Path: nasty, Err: errors.New(nasty)})
 	p.complain(errors.Join(errors.New("one"), errors.New(nasty)))
 	p.warn("%v, %v", nasty, errors.New(nasty))
@@ -79,14 +79,14 @@ func TestNothingSpeaksToTheTerminal(t *testing.T) {
 	}
 }
 
-// TestSweepShowsNames has the volume's owner name a leftover.
+// TestSweepShowsNames has the volume's owner put something beside the leftovers.
 func TestSweepShowsNames(t *testing.T) {
 	s := newShell(t)
 	if err := os.Mkdir(filepath.Join(s.repo, "tmp", "\x1b[2J"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	stdout, stderr, _ := s.run("sweep", "--older-than", "0s", "--record-dir", t.TempDir())
-	if strings.Contains(stdout+stderr, "\x1b") {
+	if strings.Contains(stdout+stderr, "\x1b") || !strings.Contains(stdout, `tmp/\u001b[2J left alone`) {
 		t.Errorf("standard output %q, standard error %q", stdout, stderr)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -33,6 +34,8 @@ func (f *vmFlags) monitorFlags(c *cobra.Command) {
 	c.Flags().StringVar(&f.libvirt, "libvirt", "", "`PATH` of the socket, or URI, of the libvirt that runs the machine (default: found from its process)")
 }
 
+var uuidPattern = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+
 // vm returns what the flags and the argument, empty where there is none, say of the machine.
 func (f *vmFlags) vm(argument string, getenv func(string) string) (jobs.VM, error) {
 	if argument != "" && f.guest != "" && argument != f.guest {
@@ -44,6 +47,9 @@ func (f *vmFlags) vm(argument string, getenv func(string) string) (jobs.VM, erro
 	}
 	if v.Guest == "" && v.UUID == "" && v.PID == 0 {
 		return jobs.VM{}, &usageError{errors.New("which machine? Name it by its guest name, --uuid or --pid")}
+	}
+	if v.UUID != "" && !uuidPattern.MatchString(v.UUID) {
+		return jobs.VM{}, &usageError{fmt.Errorf("--uuid %s: want a UUID such as 01234567-89ab-cdef-0123-456789abcdef", v.UUID)}
 	}
 	if f.monitor != "" && f.libvirt != "" {
 		return jobs.VM{}, &usageError{errors.New("two ways to the monitor are named: --monitor and --libvirt")}

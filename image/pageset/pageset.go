@@ -11,8 +11,8 @@ const PageBytes = 4096
 
 // Run is a run of neighbouring pages: First, First+1, … First+Count-1.
 type Run struct {
-	First uint64 // page number within its block
-	Count uint64 // pages
+	First uint64 `json:"first"` // page number within its block
+	Count uint64 `json:"count"` // pages
 }
 
 // End returns the first page number behind the run.

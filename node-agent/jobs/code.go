@@ -27,9 +27,9 @@ const (
 	CodeAmbiguous    Code = "ambiguous"     // more than one QEMU is what was asked for
 	CodeUnreachable  Code = "unreachable"   // the QEMU is there, its monitor does not answer or there is none
 	CodeNotFound     Code = "not-found"     // no such image, repository or key file
-	CodeExists       Code = "exists"        // an image of that name is there already
+	CodeExists       Code = "exists"        // an image of that name is there already, or something in a directory that was to become a repository
 	CodeKey          Code = "key"           // the key file cannot be used
-	CodeRefused      Code = "refused"       // the VM cannot be captured truly
+	CodeRefused      Code = "refused"       // the VM cannot be captured truly, or what was to be deleted is no image
 	CodeState        Code = "state"         // not in the state the VM is in: stopped, migrating, running where it must stand
 	CodeUnsteady     Code = "unsteady"      // the instant did not hold: somebody interferes, or the guest writes too fast
 	CodeMismatch     Code = "mismatch"      // the image is of another machine
@@ -68,6 +68,9 @@ func CodeOf(err error) Code {
 	case as[*qemu.AmbiguousError](err) != nil:
 		return CodeAmbiguous
 	case as[*MonitorError](err) != nil:
+		if errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.EPERM) {
+			return CodeNotPermitted // another user's process, or its socket
+		}
 		return CodeUnreachable
 	case as[*qemu.RefusedError](err) != nil:
 		return refusedCode(as[*qemu.RefusedError](err))
@@ -86,13 +89,15 @@ func CodeOf(err error) Code {
 		return CodeDamaged
 	case errors.Is(err, image.ErrWrongKey):
 		return CodeWrongKey
-	case as[*image.SpaceError](err) != nil:
+	case as[*image.SpaceError](err) != nil, errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT): // also that of the key file
 		return CodeNoSpace
 	case errors.Is(err, dirty.ErrBusy), errors.Is(err, image.ErrBusy), errors.Is(err, inject.ErrTraced):
 		return CodeBusy
-	case errors.Is(err, image.ErrExists):
+	case errors.Is(err, image.ErrExists), as[*image.NotEmptyError](err) != nil:
 		return CodeExists
-	case errors.Is(err, image.ErrNotFound):
+	case errors.Is(err, image.ErrNotImage):
+		return CodeRefused
+	case errors.Is(err, image.ErrNotFound), errors.Is(err, image.ErrNotDirectory):
 		return CodeNotFound
 	case as[*KeyError](err) != nil:
 		return CodeKey

@@ -28,8 +28,12 @@ type Machine struct {
 	// then. Machine types of PCs have it; 0 where there is no such thing, or the image is older than this.
 	LowRAM uint64 `json:"lowRAM,omitempty"`
 
-	Devices  []Device `json:"devices"`
-	Firmware string   `json:"firmware,omitempty"` // as the command line names it; "" is QEMU's default
+	Devices []Device `json:"devices"`
+	// WritableDisks are the images behind those block devices that the guest can write: by file where there is one, else by name. What is in
+	// them is no part of a checkpoint. For people; it does not matter to a restore.
+	WritableDisks []string `json:"writableDisks,omitempty"`
+
+	Firmware string `json:"firmware,omitempty"` // as the command line names it; "" is QEMU's default
 }
 
 // CPU is a slot for a processor.
@@ -63,7 +67,7 @@ type RAMSize struct {
 // maxCPUs bounds what is believed; QEMU's largest machine type has 4096.
 const maxCPUs = 1 << 16
 
-// Describe asks QEMU what the machine is made of. Eight or nine commands, none of which stops the guest.
+// Describe asks QEMU what the machine is made of. Nine or ten commands, none of which stops the guest.
 func Describe(ctx context.Context, m Monitor, p *Process) (Machine, error) {
 	d := Machine{Guest: p.Guest}
 	for _, part := range []struct {
@@ -127,6 +131,7 @@ func Describe(ctx context.Context, m Monitor, p *Process) (Machine, error) {
 			d.Devices, err = parseQTree(text)
 			return err
 		}},
+		{"disks", func() (err error) { d.WritableDisks, err = writableDisks(ctx, m); return err }},
 	} {
 		if err := part.read(); err != nil {
 			return Machine{}, fmt.Errorf("describe qemu %v: %s: %w", p, part.what, err)
