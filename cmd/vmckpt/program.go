@@ -72,7 +72,7 @@ func (p *program) run(ctx context.Context, args []string) int {
 // findOutput looks for --output among arguments that could not be understood, whether or not it stands behind what could not be.
 func (p *program) findOutput(args []string) {
 	f := pflag.NewFlagSet("", pflag.ContinueOnError)
-	f.ParseErrorsWhitelist.UnknownFlags = true
+	f.ParseErrorsAllowlist.UnknownFlags = true
 	f.SetOutput(io.Discard)
 	f.VarP(&p.output, "output", "o", "")
 	f.BoolP("help", "h", false, "")

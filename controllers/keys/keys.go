@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
@@ -12,7 +13,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
 )
+
+// ErrLost says that there are images and no keys.
+var ErrLost = errors.New("there are images, and the keys that they were written with are gone")
 
 // Maker makes the Secret with the keys of repositories, once, if there is none. It never changes one: without its keys no image can be read.
 type Maker struct {
@@ -36,6 +42,17 @@ func (k *Maker) Start(ctx context.Context) error {
 	}
 	if !apierrors.IsNotFound(err) {
 		return fmt.Errorf("look for the keys in Secret %s/%s: %w", k.Namespace, k.Name, err)
+	}
+	// Keys that were there and are lost are to be brought back, not replaced: new ones would read nothing.
+	var checkpoints vmckptv1.VMCheckpointList
+	if err := k.Client.List(ctx, &checkpoints); err != nil {
+		return fmt.Errorf("look whether keys were in use: %w", err)
+	}
+	for i := range checkpoints.Items {
+		if checkpoints.Items[i].Status.Image != nil {
+			ctrl.LoggerFrom(ctx).Error(ErrLost, "no keys were made; bring the Secret back", "secret", k.Namespace+"/"+k.Name)
+			return nil
+		}
 	}
 	var key [32]byte
 	if _, err := rand.Read(key[:]); err != nil {

@@ -1,0 +1,74 @@
+package keys_test
+
+import (
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
+	"github.com/vmckpt/vmckpt/controllers/keys"
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/test/apiserver"
+)
+
+var shared apiserver.Shared
+
+func TestMain(m *testing.M) {
+	ctrl.SetLogger(logr.Discard())
+	os.Exit(shared.Main(m))
+}
+
+// TestKeys are made where there are none, never changed, and not made anew where images were written with what is lost.
+func TestKeys(t *testing.T) {
+	server := shared.Server(t)
+	server.InstallCRDs(t, "../../config/crd/bases")
+	admin, namespace := server.Client(t), server.Namespace(t)
+	maker := &keys.Maker{Client: admin, Namespace: namespace, Name: "keys"}
+	made := func() *corev1.Secret {
+		t.Helper()
+		if err := maker.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		s := &corev1.Secret{}
+		err := admin.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: "keys"}, s)
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	first := made()
+	current := string(first.Data["current"])
+	if _, err := image.ParseKeys(first.Data[current]); err != nil {
+		t.Errorf("entry %q: %v", current, err)
+	}
+	if again := made(); again.ResourceVersion != first.ResourceVersion {
+		t.Error("the keys were changed")
+	}
+	c := &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "first"}}
+	c.Spec.Source.Name, c.Spec.Storage.ClaimName = "vm", "claim"
+	if err := admin.Create(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	c.Status.Image = &vmckptv1.CheckpointImage{Name: "first", Path: "vmckpt/images/first", Digest: strings.Repeat("1", 64), Kind: vmckptv1.ImageBase}
+	c.Succeeded(vmckptv1.ReasonCaptured, "captured", time.Now())
+	if err := admin.Status().Update(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	if err := admin.Delete(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	if s := made(); s != nil {
+		t.Errorf("keys were made in place of those that are lost: %v", s.Name)
+	}
+}
