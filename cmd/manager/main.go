@@ -96,7 +96,7 @@ func run(ctx context.Context, o *options) error {
 	if err := (&checkpoint.Reconciler{Client: manager.GetClient(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
 		return err
 	}
-	if err := (&restore.Reconciler{Client: manager.GetClient(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
+	if err := (&restore.Reconciler{Client: manager.GetClient(), Live: manager.GetAPIReader(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
 		return err
 	}
 	if err := manager.Add(&keys.Maker{Client: manager.GetClient(), Namespace: o.Namespace, Name: o.KeysSecret}); err != nil {

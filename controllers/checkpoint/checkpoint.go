@@ -106,8 +106,11 @@ func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.
 	if c.Done() || c.Status.NodeName != "" {
 		return ctrl.Result{}, nil
 	}
+	// By a patch: an update would write the timeout in Go's spelling (10m0s for 10m), and take the field from whoever applied it.
+	asRead := c.DeepCopy()
 	if controllerutil.AddFinalizer(c, vmckptv1.Finalizer) {
-		return ctrl.Result{}, r.Client.Update(ctx, c) // which brings it here again
+		err := r.Client.Patch(ctx, c, client.MergeFromWithOptions(asRead, client.MergeFromWithOptimisticLock{}))
+		return ctrl.Result{}, client.IgnoreNotFound(err) // which brings it here again
 	}
 	node, vmi, v, err := r.place(ctx, c)
 	switch {
@@ -137,7 +140,7 @@ func (r *Reconciler) place(ctx context.Context, c *vmckptv1.VMCheckpoint) (node 
 	}
 	if vmi, v, err = vm.Running(ctx, r.Client, c.Namespace, c.Spec.Source); v != nil || err != nil {
 		if v != nil {
-			v.Message += "; the checkpoint is taken when it does, and nothing is captured until then"
+			v.Message += "; the checkpoint is taken when it runs and stays on its node, and nothing is captured until then"
 		}
 		return "", nil, v, err
 	}
@@ -194,7 +197,7 @@ func (r *Reconciler) say(ctx context.Context, c *vmckptv1.VMCheckpoint, v *verdi
 	if err := r.Client.Status().Update(ctx, c); err != nil {
 		return client.IgnoreNotFound(err)
 	}
-	r.Events.Eventf(c, nil, kind, v.Reason, "Bind", "%s", v.Message)
+	r.Events.Eventf(c, nil, kind, v.Reason, "Bind", "%s", v.Note())
 	return nil
 }
 

@@ -21,7 +21,7 @@ func TestWaits(t *testing.T) {
 	r := newRig(t)
 	r.controllers(false)
 	c := r.checkpoint("first", func(c *vmckptv1.VMCheckpoint) { c.Spec.Source.Kind = vmckptv1.KindVirtualMachine })
-	r.says(c, vmckptv1.ReasonWaitingForVM, "there is no virtual machine "+r.namespace+"/vm; the checkpoint is taken when it does, and nothing is captured until then")
+	r.says(c, vmckptv1.ReasonWaitingForVM, "there is no virtual machine "+r.namespace+"/vm; the checkpoint is taken when it runs and stays on its node, and nothing is captured until then")
 	if c.Status.Phase != vmckptv1.CheckpointPending || len(c.Finalizers) != 1 || c.Status.ObservedGeneration != c.Generation {
 		t.Errorf("%+v", c)
 	}

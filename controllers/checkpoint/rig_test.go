@@ -87,7 +87,7 @@ func (r *rig) controllers(election bool) (stop func()) {
 	r.must(err)
 	ctx, cancel := context.WithCancel(context.Background())
 	r.must((&checkpoint.Reconciler{Client: m.GetClient(), Events: m.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, m))
-	r.must((&restore.Reconciler{Client: m.GetClient(), Events: m.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, m))
+	r.must((&restore.Reconciler{Client: m.GetClient(), Live: m.GetAPIReader(), Events: m.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, m))
 	ended := make(chan error, 1)
 	go func() { ended <- m.Start(ctx) }()
 	stop = sync.OnceFunc(func() {

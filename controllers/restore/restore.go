@@ -28,6 +28,7 @@ import (
 // Reconciler binds restores to nodes.
 type Reconciler struct {
 	Client client.Client
+	Live   client.Reader // past the cache
 	Events events.EventRecorder
 	Clock  clock.Clock
 }
@@ -77,7 +78,8 @@ func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error
 		Watches(&vmckptv1.VMCheckpoint{}, waking(byCheckpoint, client.Object.GetName)).
 		Watches(&vmckptv1.VMRestore{}, waking(byMachine, func(o client.Object) string { return o.(*vmckptv1.VMRestore).Spec.Target.Name })).
 		Watches(&corev1.PersistentVolumeClaim{}, waking(byClaim, client.Object.GetName)).
-		WithOptions(controller.Options{MaxConcurrentReconciles: 4}).Complete(r)
+		// One at a time: two restores of a machine that are looked at in the same moment would both find the other unbound.
+		WithOptions(controller.Options{MaxConcurrentReconciles: 1}).Complete(r)
 }
 
 // waiting lists the restores of a namespace that wait for what a field names.
@@ -106,8 +108,11 @@ func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.
 	if o.Done() || o.Status.NodeName != "" {
 		return ctrl.Result{}, nil
 	}
+	// By a patch: an update would write the timeout in Go's spelling (10m0s for 10m), and take the field from whoever applied it.
+	asRead := o.DeepCopy()
 	if controllerutil.AddFinalizer(o, vmckptv1.Finalizer) {
-		return ctrl.Result{}, r.Client.Update(ctx, o) // which brings it here again
+		err := r.Client.Patch(ctx, o, client.MergeFromWithOptions(asRead, client.MergeFromWithOptimisticLock{}))
+		return ctrl.Result{}, client.IgnoreNotFound(err) // which brings it here again
 	}
 	before := o.Status.DeepCopy()
 	vmi, v, err := r.place(ctx, o)
@@ -184,9 +189,20 @@ func (r *Reconciler) turn(ctx context.Context, o *vmckptv1.VMRestore, vmi *kubev
 		if other.UID == o.UID || other.Done() || other.Spec.Target.Name != o.Spec.Target.Name {
 			continue
 		}
-		// What waits for a checkpoint that may never come, or for a machine that stands paused while it runs, is passed by.
-		eligible := other.Status.Image != nil && (other.Spec.Target.Mode != vmckptv1.RestorePaused || vm.Paused(vmi))
-		if other.Status.NodeName != "" || older(other, o) && eligible {
+		// The cache may not show yet that the other was bound a moment ago.
+		if err := r.Live.Get(ctx, client.ObjectKeyFromObject(other), other); apierrors.IsNotFound(err) {
+			continue
+		} else if err != nil {
+			return nil, fmt.Errorf("read restore %s: %w", other.Name, err)
+		}
+		if other.Done() {
+			continue
+		}
+		// What waits for a checkpoint that may never come, or for a machine that stands paused while it runs, is passed by; what nobody has looked
+		// at yet is not.
+		eligible := len(other.Status.Conditions) == 0 ||
+			other.Status.Image != nil && (other.Spec.Target.Mode != vmckptv1.RestorePaused || vm.Paused(vmi))
+		if other.Status.NodeName != "" || other.DeletionTimestamp == nil && older(other, o) && eligible {
 			return verdict.Wait(vmckptv1.ReasonRestoring, fmt.Sprintf("restore %s of the same virtual machine comes first", other.Name)), nil
 		}
 	}
@@ -216,7 +232,7 @@ func (r *Reconciler) say(ctx context.Context, o *vmckptv1.VMRestore, before *vmc
 	if err := r.Client.Status().Update(ctx, o); err != nil {
 		return client.IgnoreNotFound(err)
 	}
-	r.Events.Eventf(o, nil, kind, v.Reason, "Bind", "%s", v.Message)
+	r.Events.Eventf(o, nil, kind, v.Reason, "Bind", "%s", v.Note())
 	return nil
 }
 

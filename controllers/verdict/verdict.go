@@ -1,6 +1,8 @@
 // Package verdict says what stands between a request and its node.
 package verdict
 
+import "unicode/utf8"
+
 // Verdict is what a check found in the way, in the words of a condition. A nil one means that nothing is.
 type Verdict struct {
 	Reason  string // of a condition
@@ -14,4 +16,20 @@ func Wait(reason, message string) *Verdict { return &Verdict{Reason: reason, Mes
 // Refuse is a verdict of what will not.
 func Refuse(reason, message string) *Verdict {
 	return &Verdict{Reason: reason, Message: message, Final: true}
+}
+
+// noteBytes bounds the note of an event: the API server refuses an event with a longer one (1 KiB, k8s.io/api/events/v1).
+const noteBytes = 1024
+
+// Note is the message as an event can carry it, cut at a whole character.
+func (v *Verdict) Note() string {
+	const mark = " …"
+	if len(v.Message) <= noteBytes {
+		return v.Message
+	}
+	cut := noteBytes - len(mark)
+	for cut > 0 && !utf8.RuneStart(v.Message[cut]) {
+		cut--
+	}
+	return v.Message[:cut] + mark
 }

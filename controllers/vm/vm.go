@@ -108,8 +108,9 @@ func Capturable(vmi *kubevirtv1.VirtualMachineInstance) *verdict.Verdict {
 	if s := vmi.Spec.Domain.LaunchSecurity; s != nil {
 		why = append(why, "its memory is encrypted by the processor (launchSecurity)")
 	}
-	if m := vmi.Spec.Domain.Memory; m != nil && m.MaxGuest != nil {
-		why = append(why, "its memory can be plugged while it runs (memory.maxGuest), and memory devices are not supported")
+	// KubeVirt fills in memory.maxGuest by itself, as room to grow. There is a memory device only once memory was plugged.
+	if m := vmi.Status.Memory; m != nil && m.GuestAtBoot != nil && m.GuestCurrent != nil && m.GuestCurrent.Cmp(*m.GuestAtBoot) > 0 {
+		why = append(why, fmt.Sprintf("memory was plugged while it ran (%v at its start, %v now), and memory devices are not supported", m.GuestAtBoot, m.GuestCurrent))
 	}
 	if len(why) == 0 {
 		return nil
