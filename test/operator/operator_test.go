@@ -224,8 +224,10 @@ func TestOneAgentANode(t *testing.T) {
 	r := newRig(t)
 	r.claim(t.TempDir())
 	r.manager()
-	first, second := r.agent(), r.agent()
+	// The node is the first's who takes it: the second is started only then.
+	first := r.agent()
 	first.get(first.probes, "/readyz")
+	second := r.agent()
 	m := r.machine(64*machine.MiB, false)
 	r.instance(false)
 	r.ready(r.checkpoint("by-the-first"), vmckptv1.ReasonCaptured)
