@@ -1,8 +1,6 @@
 package main
 
 import (
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -13,9 +11,6 @@ import (
 // TestComplete asks for what a shell offers behind what was typed; it asks in the same way.
 func TestComplete(t *testing.T) {
 	s := family(t)
-	if err := os.Mkdir(filepath.Join(s.repo, "images", "a\tb"), 0o700); err != nil { // would be a name and its description
-		t.Fatal(err)
-	}
 	images := []string{"db-1", "web-1", "web-2", "web-3", "web-3b", "web-4"}
 	for _, c := range []struct {
 		typed string
@@ -42,6 +37,14 @@ func TestComplete(t *testing.T) {
 		if diff := cmp.Diff(c.want, sorted(got)); diff != "" || exit != 0 || !strings.HasSuffix(stdout, ":4\n") { // no files
 			t.Errorf("%s: exit code %d, (-want +got):\n%s%s", c.typed, exit, diff, stdout)
 		}
+	}
+}
+
+// TestCompleteLeavesOut what a shell would act upon: others name machines.
+func TestCompleteLeavesOut(t *testing.T) {
+	got := within(t.Context(), words("web", "a\tdescription", "two\nlines", "\x1b[2J"))
+	if diff := cmp.Diff([]string{"web"}, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
 
