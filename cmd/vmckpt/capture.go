@@ -78,6 +78,10 @@ Disks are not captured yet: keep them as they are at the instant by other means.
 	f.DurationVar(&r.HoldBound, "hold-bound", 200*time.Millisecond, "longest `TIME` that the machine is held; past it, it is let go and the instant tried again")
 	f.DurationVar(&r.PauseBound, "pause-bound", 5*time.Second, "longest `TIME` it is held where the guest writes faster than can be copied")
 	recordDirFlag(c, &r.RecordDir)
+	complete(c, false, machineNames)
+	completeFlag(c, "mode", words(string(capture.Auto), string(capture.Full), string(capture.Incremental)))
+	completeFlag(c, "compression", words(image.Zstd.String(), image.S2.String(), image.None.String()))
+	completeFlag(c, "parent", p.imageNames)
 	return c
 }
 
@@ -97,6 +101,9 @@ func (p *program) capture(ctx context.Context, r jobs.CaptureRequest) (err error
 	if r.Name == "" {
 		r.Name = imageName(process, p.now())
 	}
+	if err := p.look(); err != nil {
+		return err
+	}
 	meter := p.meter()
 	result, err := jobs.Capture(ctx, r, jobs.Handlers[capture.Progress]{
 		Started: p.workers.started,
@@ -108,7 +115,7 @@ func (p *program) capture(ctx context.Context, r jobs.CaptureRequest) (err error
 	meter.end()
 	p.warnStopped(r.RecordDir, process)
 	if err != nil {
-		return err
+		return endedMeanwhile(err, "no image was made")
 	}
 	return p.captured(ctx, process, result)
 }
@@ -172,6 +179,10 @@ func checkCapture(r jobs.CaptureRequest) error {
 		if d <= 0 {
 			return fmt.Errorf("%s: want more than 0", name)
 		}
+	}
+	if r.PauseBound < r.HoldBound {
+		return fmt.Errorf("--pause-bound %s is shorter than --hold-bound %s: it is what a hold may take where much is left to copy, and has to be longer",
+			spanText(r.PauseBound), spanText(r.HoldBound))
 	}
 	return nil
 }

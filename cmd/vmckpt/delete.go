@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -22,6 +24,7 @@ type deletionJSON struct {
 }
 
 func (p *program) deleteCommand() *cobra.Command {
+	var force bool
 	c := &cobra.Command{
 		Use:     "delete IMAGE...",
 		Aliases: []string{"rm"},
@@ -30,15 +33,19 @@ func (p *program) deleteCommand() *cobra.Command {
 one can be restored as before, and what they share with it stays on the volume until the last of them is gone.
 
 If tracking of a running VM counts from a deleted image, the next capture of that VM compares all memory with its newest
-other image; where there is none, it makes a new base.`,
+other image; where there is none, it makes a new base.
+
+An image that was written under another key than the one given may be somebody else's: it is deleted with --force only.`,
 		Args: atLeastOne("IMAGE"),
-		RunE: func(c *cobra.Command, args []string) error { return p.delete(c.Context(), args) },
+		RunE: func(c *cobra.Command, args []string) error { return p.delete(c.Context(), args, force) },
 	}
 	p.repositoryFlags(c)
+	c.Flags().BoolVar(&force, "force", false, "delete images that were written under another key, too")
+	complete(c, true, p.imageNames)
 	return c
 }
 
-func (p *program) delete(ctx context.Context, names []string) error {
+func (p *program) delete(ctx context.Context, names []string, force bool) error {
 	repository, err := p.open()
 	if err != nil {
 		return err
@@ -51,7 +58,7 @@ func (p *program) delete(ctx context.Context, names []string) error {
 		if err != nil {
 			err = &usageError{err}
 		} else if err = ctx.Err(); err == nil {
-			err = repository.Delete(ctx, name)
+			err = deleteOne(ctx, repository, name, force)
 		}
 		d := deletionJSON{Name: name, Deleted: err == nil}
 		if err != nil {
@@ -68,6 +75,14 @@ func (p *program) delete(ctx context.Context, names []string) error {
 		}
 	})
 	return p.several(errs)
+}
+
+// deleteOne deletes an image. Only one that is known to be under another key is kept; what cannot be opened for another reason is deleted.
+func deleteOne(ctx context.Context, repository *image.Repository, name string, force bool) error {
+	if err := look(ctx, repository, name); errors.Is(err, image.ErrWrongKey) && !force {
+		return &adviceError{fmt.Errorf("delete image %s: %w", name, err), "name the key file that it was written with, or delete it all the same with --force"}
+	}
+	return repository.Delete(ctx, name)
 }
 
 // several tells of each error of a command that did one thing after the other, and returns the first for the exit code.

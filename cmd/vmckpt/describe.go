@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/image/pageset"
@@ -60,6 +61,13 @@ func pausedText(r *capture.Result) string {
 		return ""
 	}
 	text := durationText(r.Downtime) + " in " + plural(len(r.Pauses), "pause")
+	if r.OwnerPaused {
+		var held time.Duration
+		for _, p := range r.Pauses {
+			held += p.Total
+		}
+		text = fmt.Sprintf("by its owner, and left so; held for %s of it", durationText(held))
+	}
 	if r.Attempts > 1 {
 		text += fmt.Sprintf("; the instant held at the %s attempt", ordinal(r.Attempts))
 	}
@@ -88,18 +96,18 @@ func (p *program) printPauses(r *capture.Result) {
 	}
 	rows := [][]string{{"PAUSE", "TIME", "PARTS"}}
 	for _, pause := range r.Pauses {
-		name, time := pause.For, durationText(pause.Total)
+		name, total := pause.For, durationText(pause.Total)
 		if pause.Lost {
 			name += " (lost)"
 		}
 		if !pause.Exact {
-			time = "≤ " + time // as seen from outside
+			total = "≤ " + total // as seen from outside
 		}
 		var parts []string
 		for _, part := range pause.Parts {
 			parts = append(parts, part.Name+" "+durationText(part.Duration))
 		}
-		rows = append(rows, []string{name, time, strings.Join(parts, ", ")})
+		rows = append(rows, []string{name, total, strings.Join(parts, ", ")})
 	}
 	p.printf("\n")
 	p.table(rows)

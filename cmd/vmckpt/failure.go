@@ -1,16 +1,26 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
 
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/node-agent/jobs"
+	"github.com/vmckpt/vmckpt/node-agent/supervise"
 )
 
 // codeUsage is the code of what was typed wrong. It is this program's own: workers are never asked so.
 const codeUsage jobs.Code = "usage"
+
+// adviceError is an error with a hint of its own, where its code's does not fit.
+type adviceError struct {
+	error
+	hint string
+}
+
+func (e *adviceError) Unwrap() error { return e.error }
 
 // usageError is an error in what was typed.
 type usageError struct{ error }
@@ -52,7 +62,7 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeUnreachable:
 		return exitNotFound, "name a QMP socket that no other client holds with --monitor, or libvirt's with --libvirt"
 	case jobs.CodeNotFound:
-		return exitNotFound, "`vmckpt list` shows the images there are; `vmckpt init` makes a repository and a key file"
+		return exitNotFound, "`vmckpt list` shows the images there are"
 	case jobs.CodeExists:
 		return exitUsage, "choose another name"
 	case jobs.CodeKey:
@@ -62,7 +72,7 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeState:
 		return exitRefused, "nothing was touched; try again when the VM is in another state (restore stops a running VM with --in-place only)"
 	case jobs.CodeUnsteady:
-		return exitRefused, "the VM goes on as before; try again when nothing else stops or resumes it and the guest writes less, or allow more with --pause-bound"
+		return exitRefused, "the VM goes on as before; try again when nothing else stops or resumes it and the guest writes less, or allow more: --hold-bound for one hold, --pause-bound for a guest that writes fast"
 	case jobs.CodeMismatch:
 		return exitRefused, "nothing was touched; start a QEMU like the recorded one (`vmckpt show IMAGE --output json`, machine) and restore into that"
 	case jobs.CodeParent:
@@ -110,8 +120,17 @@ type damageJSON struct {
 
 // hintOf says what can be done about an error, where more is known of it than its code; else it returns the code's hint.
 func hintOf(err error) string {
+	var advice *adviceError
 	var notEmpty *image.NotEmptyError
+	var noRepository *jobs.NoRepositoryError
+	var key *jobs.KeyError
 	switch {
+	case errors.As(err, &advice):
+		return advice.hint
+	case errors.As(err, &noRepository):
+		return "name the repository's directory with --repo or " + repositoryVariable + "; `vmckpt init` makes a new one"
+	case errors.As(err, &key) && errors.Is(err, image.ErrNotFound):
+		return "name the repository's key file with --key or " + keyVariable + "; `vmckpt init` makes one for a new repository"
 	case errors.As(err, &notEmpty):
 		return "nothing was made; name an empty or a new directory with --repo"
 	case errors.Is(err, image.ErrNotDirectory):
@@ -126,12 +145,29 @@ func hintOf(err error) string {
 }
 
 func describe(err error) *failureJSON {
-	f := &failureJSON{Code: codeOf(err), Message: err.Error(), Hint: hintOf(err)}
+	f := &failureJSON{Code: codeOf(err), Message: messageOf(err), Hint: hintOf(err)}
 	var damage *image.DamageError
 	if errors.As(err, &damage) {
 		f.Damage = &damageJSON{Image: damage.Image, File: damage.File, Offset: damage.Offset}
 	}
 	return f
+}
+
+// messageOf returns the text of an error, without Go's own words for an interruption.
+func messageOf(err error) string {
+	text := err.Error()
+	if codeOf(err) != jobs.CodeInterrupted {
+		return text
+	}
+	return strings.ReplaceAll(text, context.Canceled.Error(), supervise.ErrUnwanted.Error())
+}
+
+// endedMeanwhile gives an error its hint where a machine that had been found has ended since: there is nothing wrong with its name.
+func endedMeanwhile(err error, left string) error {
+	if codeOf(err) != jobs.CodeNoVM {
+		return err
+	}
+	return &adviceError{err, "the QEMU has ended in the middle: see why (its log), and start it again; " + left}
 }
 
 // reported is an error that was told of already, and that the command's answer has: verify has a line for each image.
@@ -143,7 +179,8 @@ func (e *reported) Unwrap() error { return e.error }
 func (p *program) fail(err error) int {
 	f := describe(err)
 	exit, _ := exitAndHint(f.Code)
-	if f.Code == codeUsage && p.called != "" {
+	var advice *adviceError
+	if f.Code == codeUsage && p.called != "" && !errors.As(err, &advice) {
 		f.Hint = fmt.Sprintf("`%s --help` shows how it is called", p.called)
 	}
 	var told *reported
@@ -165,7 +202,7 @@ func (p *program) fail(err error) int {
 func (p *program) complain(err error) {
 	if codeOf(err) == jobs.CodeInterrupted {
 		// Not all of it may be about the interruption.
-		fmt.Fprintf(p.stderr, "interrupted: %s\n", indent(visible(err.Error()), len("interrupted: ")))
+		fmt.Fprintf(p.stderr, "interrupted: %s\n", indent(visible(messageOf(err)), len("interrupted: ")))
 		return
 	}
 	fmt.Fprintf(p.stderr, "error: %s\n", indent(visible(err.Error()), len("error: ")))

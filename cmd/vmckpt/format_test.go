@@ -150,7 +150,7 @@ func TestInterruptedSaysAllThatIsKnown(t *testing.T) {
 	var stderr strings.Builder
 	p := &program{stderr: &stderr}
 	p.complain(errors.Join(context.Canceled, errors.New("and the volume is gone")))
-	if got := stderr.String(); got != "interrupted: context canceled\n             and the volume is gone\n" {
+	if got := stderr.String(); got != "interrupted: it was asked to end\n             and the volume is gone\n" {
 		t.Errorf("%q", got)
 	}
 }

@@ -144,14 +144,111 @@ func TestMachine(t *testing.T) {
 	}
 	goesOn(t, fresh)
 
+	if got := machineOf(s, records, m.PID); got.TrackedSince != "base" || got.NotTracked != "" || got.Guest != name || got.Busy {
+		t.Errorf("machines: %+v", got)
+	}
 	released := process[jobs.ReleaseResult](s, records, 0, "release", name)
-	if released.PID != m.PID {
+	if released.PID != m.PID || !released.Tracked {
 		t.Errorf("released: %+v", released)
+	}
+	if again := process[jobs.ReleaseResult](s, records, 0, "release", name); again.Tracked {
+		t.Errorf("released again: %+v", again)
+	}
+	if got := machineOf(s, records, m.PID); got.TrackedSince != "" || !strings.Contains(got.NotTracked, "release") {
+		t.Errorf("machines, after the release: %+v", got)
 	}
 	if found := userfaultfds(t, m.PID); found != 0 {
 		t.Errorf("%d userfaultfds are left in the machine's process", found)
 	}
 	goesOn(t, m)
+}
+
+// machineOf returns what the command that lists machines says of one.
+func machineOf(s *shell, records string, pid int) machineJSON {
+	s.t.Helper()
+	for _, m := range process[machinesJSON](s, records, 0, "machines").Machines {
+		if m.PID == pid {
+			return m
+		}
+	}
+	s.t.Fatalf("machine %d is not listed", pid)
+	return machineJSON{}
+}
+
+// TestOwnerPaused captures a machine that its owner has paused: the guest loses no time by it, and the next capture says why it compares.
+func TestOwnerPaused(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}})
+	name := m.Options().Name
+	if err := m.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	base := process[captureJSON](s, records, 0, "capture", name, "--name", "base")
+	if !base.OwnerPaused || base.Downtime != 0 || len(base.Pauses) == 0 || base.Pauses[0].Total == 0 {
+		t.Errorf("base: %+v", base)
+	}
+	if shown := s.ok("show", "base"); !strings.Contains(shown, "paused      by its owner") || !strings.Contains(shown, ", and the sealing") {
+		t.Errorf("show:\n%s", shown)
+	}
+	if got := state(t, m); got != qemu.StatePaused {
+		t.Errorf("the machine is %s", got)
+	}
+	process[jobs.ReleaseResult](s, records, 0, "release", name)
+	if got := process[captureJSON](s, records, 0, "capture", name, "--name", "next"); got.Why != "tracking was taken out by a release" {
+		t.Errorf("after a release: %q by %q", got.Why, got.Source)
+	}
+	for _, want := range []string{"tracking is taken out of", "nothing was tracked in"} {
+		if got := s.ok("release", name, "--record-dir", records); !strings.HasPrefix(got, want) {
+			t.Errorf("release: %q, want %s", got, want)
+		}
+	}
+	process[captureJSON](s, records, 0, "capture", name, "--name", "last")
+	// The image that tracking counts from is in another repository.
+	other := newShell(t)
+	if got := process[captureJSON](other, records, 0, "capture", name, "--name", "base"); got.Kind != "base" ||
+		!strings.Contains(got.Why, "image last, which is not in this repository") {
+		t.Errorf("into another repository: %q", got.Why)
+	}
+}
+
+// TestSharedMemoryWithBalloon: a base says that such memory is copied in the pause, as an increment does.
+func TestSharedMemoryWithBalloon(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Memory: machine.Memfd, Balloon: true, Guest: machine.Writer{}})
+	for _, name := range []string{"base", "increment"} {
+		if got := process[captureJSON](s, records, 0, "capture", m.Options().Name, "--name", name); got.Kind != name || !strings.Contains(got.Why, "copied in the pause") {
+			t.Errorf("%s: %s (%s)", name, got.Kind, got.Why)
+		}
+	}
+}
+
+// TestEndsMeanwhile has QEMU end in the middle of a capture: the hint is not to name another one.
+func TestEndsMeanwhile(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 512 * machine.MiB, Guest: machine.Writer{
+		Parameters: writer.Parameters{Random: true, PagesPerPass: 4096},
+	}})
+	goesOn(t, m)
+	exit, words := s.disturb(records, "copying", func(*os.Process) error { return m.Kill() }, "capture", m.Options().Name)
+	if exit != exitNotFound || !strings.Contains(words, "hint: the QEMU has ended in the middle") || !strings.Contains(words, "no image was made") {
+		t.Errorf("exit code %d, want %d", exit, exitNotFound)
+	}
+	if got := runJSON[listJSON](s, 0, "list"); len(got.Images) != 0 {
+		t.Errorf("there is an image: %+v", got.Images)
+	}
+	if other := errors.New("another"); endedMeanwhile(other, "") != other {
+		t.Error("another error has that hint too")
+	}
+}
+
+// TestNoLibvirt names a socket that is not there.
+func TestNoLibvirt(t *testing.T) {
+	s, records := newShell(t), t.TempDir()
+	m := machine.Start(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{}})
+	got := failed(s, records, exitNotFound, "capture", m.Options().Name, "--libvirt", "/nowhere")
+	if got.Code != jobs.CodeUnreachable || strings.Contains(got.Message, "\n") || strings.Count(got.Message, "/nowhere") != 1 {
+		t.Errorf("%+v", got)
+	}
 }
 
 // userfaultfds counts those in a process.
@@ -281,6 +378,19 @@ func TestBusy(t *testing.T) {
 			}
 		}
 	}
+	lock, err := dirty.Lock(records, dirty.Process{PID: found.PID, StartTime: found.StartTime})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	begin := time.Now()
+	if got := failed(s, records, exitBusy, "release", name); got.Code != jobs.CodeBusy || time.Since(begin) > 3*time.Second ||
+		!strings.Contains(got.Message, fmt.Sprintf("process %d", os.Getpid())) {
+		t.Errorf("release: %+v", got)
+	}
+	if got := machineOf(s, records, m.PID); !got.Busy || got.BusyWith != os.Getpid() {
+		t.Errorf("machines: %+v", got)
+	}
 	if got := state(t, m); got != qemu.StateRunning {
 		t.Errorf("the machine is %s", got)
 	}
@@ -308,10 +418,28 @@ func TestInterrupted(t *testing.T) {
 	goesOn(t, m)
 }
 
-// interrupt runs the program, sends it signals once it is in a phase, and returns its exit code and what it told.
+// interrupt runs the program, sends it signals once it is in a phase, and returns its exit code and what it told, its answer in the end.
 func (s *shell) interrupt(records, phase string, signals []unix.Signal, args ...string) (exit int, words string) {
 	s.t.Helper()
+	return s.disturb(records, phase, func(program *os.Process) error {
+		for i, signal := range signals {
+			if i > 0 {
+				time.Sleep(50 * time.Millisecond) // else the kernel makes one of them
+			}
+			if err := program.Signal(signal); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, args...)
+}
+
+// disturb runs the program and does something once it is in a phase; it returns what interrupt does.
+func (s *shell) disturb(records, phase string, do func(program *os.Process) error, args ...string) (exit int, words string) {
+	s.t.Helper()
 	c := s.command(records, append(args, "--progress", "plain")...)
+	var answer bytes.Buffer
+	c.Stdout = &answer
 	stderr, err := c.StderrPipe()
 	if err != nil {
 		s.t.Fatal(err)
@@ -329,16 +457,12 @@ func (s *shell) interrupt(records, phase string, signals []unix.Signal, args ...
 			s.t.Fatalf("it ended before it was interrupted:\n%s", told.String())
 		}
 	}
-	for i, signal := range signals {
-		if i > 0 {
-			time.Sleep(50 * time.Millisecond) // else the kernel makes one of them
-		}
-		if err := c.Process.Signal(signal); err != nil {
-			s.t.Fatal(err)
-		}
+	if err := do(c.Process); err != nil {
+		s.t.Fatal(err)
 	}
 	io.Copy(&told, stderr) //nolint:errcheck // what there is
 	c.Wait()               //nolint:errcheck // its exit code says it
+	told.Write(answer.Bytes())
 	s.t.Logf("interrupted:\n%s", told.String())
 	return c.ProcessState.ExitCode(), told.String()
 }
@@ -347,7 +471,7 @@ func (s *shell) interrupt(records, phase string, signals []unix.Signal, args ...
 // memory half written: it stands still, is captured by nobody, and the next restore finishes it.
 func TestInterruptedRestore(t *testing.T) {
 	s, records := newShell(t), t.TempDir()
-	m := machine.Start(t, machine.Options{MemoryBytes: 512 * machine.MiB, Guest: machine.Writer{
+	m := machine.Start(t, machine.Options{MemoryBytes: 512 * machine.MiB, Disk: &machine.Disk{}, Guest: machine.Writer{
 		Parameters: writer.Parameters{Random: true, PagesPerPass: 4096},
 	}})
 	name := m.Options().Name
@@ -355,8 +479,9 @@ func TestInterruptedRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	process[captureJSON](s, records, 0, "capture", name, "--name", "base")
-	exit, words := s.interrupt(records, "memory", []unix.Signal{unix.SIGTERM}, "restore", "base", name, "--in-place", "--run")
-	if exit != 0 || !strings.Contains(words, "to interrupt again kills it") || !strings.Contains(words, "interrupted; the restore was brought to its end") {
+	exit, words := s.interrupt(records, "memory", []unix.Signal{unix.SIGHUP}, "restore", "base", name, "--in-place", "--run", "--output", "json")
+	if exit != 0 || strings.Count(words, "was brought to its end") != 2 || // told, and in the answer
+		!strings.Contains(words, `"disks are not part of the image: `) || !strings.Contains(words, "to interrupt again kills it") || !strings.Contains(words, "interrupted; the restore was brought to its end") {
 		t.Fatalf("interrupted once: exit code %d", exit)
 	}
 	if got := state(t, m); got != qemu.StateRunning {
@@ -383,6 +508,9 @@ func TestInterruptedRestore(t *testing.T) {
 	}
 	if got := failed(s, records, exitLost, "capture", name, "--name", "torn"); got.Code != jobs.CodeLost {
 		t.Errorf("capture: %+v", got)
+	}
+	if got := machineOf(s, records, m.PID); got.MemoryInvalid == "" {
+		t.Errorf("machines: %+v", got)
 	}
 	if said := s.warned(records, "release", name); !strings.Contains(said, "is invalid") || !strings.Contains(said, "the mark stays") {
 		t.Errorf("release says: %q", said)

@@ -64,9 +64,37 @@ func (p *program) run(ctx context.Context, args []string) int {
 	p.called = c.CommandPath()
 	if !p.began {
 		p.findOutput(args) // what it could not understand it says in several lines
-		err = &usageError{errors.New(strings.Join(strings.Fields(err.Error()), " "))}
+		err = &usageError{errors.New(strings.Join(strings.Fields(mistyped(err).Error()), " "))}
 	}
 	return p.fail(err)
+}
+
+// wanted says what a flag wants whose value others parse, by its type; "" where its own error says so.
+func wanted(flagType string) string {
+	switch flagType {
+	case "bool":
+		return "true or false"
+	case "duration":
+		return "a time such as 5ms, 2s or 1h"
+	case "int":
+		return "a number"
+	case "stringToString":
+		return "KEY=VALUE"
+	}
+	return ""
+}
+
+// mistyped says of a flag's value that could not be parsed what it should be, in place of what Go's parsers say.
+func mistyped(err error) error {
+	var invalid *pflag.InvalidValueError
+	if !errors.As(err, &invalid) {
+		return err
+	}
+	f := invalid.GetFlag()
+	if want := wanted(f.Value.Type()); want != "" {
+		return fmt.Errorf("--%s %s: want %s", f.Name, invalid.GetValue(), want)
+	}
+	return fmt.Errorf("--%s %s: %w", f.Name, invalid.GetValue(), invalid.Unwrap())
 }
 
 // findOutput looks for --output among arguments that could not be understood, whether or not it stands behind what could not be.
@@ -97,14 +125,22 @@ increments that hold what changed. Each can be restored, and deleted, without th
 		PersistentPreRun: func(*cobra.Command, []string) {
 			p.began = true
 		},
+		RunE: func(c *cobra.Command, _ []string) error {
+			if p.output == outputJSON { // help is none
+				return &usageError{errors.New("which command? None is named")}
+			}
+			return c.Help()
+		},
 	}
 	root.SetOut(p.stdout)
 	root.SetErr(p.stderr)
 	root.PersistentFlags().VarP(&p.output, "output", "o", "text, or json: one value on standard output")
 	root.PersistentFlags().Var(&p.progress, "progress", "bar, plain (lines) or none; auto: a bar on a terminal, else none")
+	completeFlag(root, "output", words(string(outputText), string(outputJSON)))
+	completeFlag(root, "progress", words(string(progressAuto), string(progressBar), string(progressPlain), string(progressNone)))
 	root.AddCommand(
 		p.initCommand(), p.captureCommand(), p.restoreCommand(), p.listCommand(), p.showCommand(), p.verifyCommand(),
-		p.deleteCommand(), p.sweepCommand(), p.releaseCommand(),
+		p.deleteCommand(), p.sweepCommand(), p.releaseCommand(), p.machinesCommand(),
 	)
 	root.SetHelpCommand(helpCommand())
 	root.InitDefaultCompletionCmd()
@@ -173,6 +209,15 @@ func (p *program) open() (*image.Repository, error) {
 		return nil, err
 	}
 	return r.Open()
+}
+
+// look opens the repository and closes it again, so that what is wrong with it or its keys is told before a worker begins.
+func (p *program) look() error {
+	r, err := p.open()
+	if err != nil {
+		return err
+	}
+	return r.Close()
 }
 
 // exactly refuses any other number of arguments than those named.

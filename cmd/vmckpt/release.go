@@ -31,6 +31,7 @@ and is told of.`,
 	}
 	vm.selectorFlags(c)
 	recordDirFlag(c, &recordDir)
+	complete(c, false, machineNames)
 	return c
 }
 
@@ -44,11 +45,17 @@ func (p *program) release(ctx context.Context, r jobs.ReleaseRequest) error {
 	p.workers.ended()
 	p.warnStopped(r.RecordDir, process)
 	if err != nil {
-		return err
+		return endedMeanwhile(err, "its tracking went with it")
 	}
 	if result.MemoryInvalid != "" {
 		p.warn("%s; the mark stays, and the machine must not run: repeat the restore, of this image or another, or end the QEMU", result.MemoryInvalid)
 	}
-	p.answer(result, func() { p.printf("tracking is taken out of pid %d (%s)\n", result.PID, orDash(result.Guest)) })
+	p.answer(result, func() {
+		if result.Tracked {
+			p.printf("tracking is taken out of %v\n", process)
+		} else {
+			p.printf("nothing was tracked in %v\n", process)
+		}
+	})
 	return nil
 }

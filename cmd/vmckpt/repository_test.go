@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"os"
@@ -48,7 +49,12 @@ func TestUsage(t *testing.T) {
 		{"capture web --attribute a=b,vm.name=x", "vm.name", env},
 		{"capture web --monitor a --libvirt b", "two ways", env},
 		{"capture web --libvirt qemu+ssh://elsewhere/system", "on this host", env},
-		{"capture web --pid some", "invalid argument", env},
+		{"capture web --pid some", "--pid some: want a number", env},
+		{"capture web --pid -3", "--pid -3: want", env},
+		{"capture web --budget soon", "--budget soon: want a time", env},
+		{"capture web --attribute x", "--attribute x: want KEY=VALUE", env},
+		{"init --encrypt=perhaps", "--encrypt perhaps: want true or false", env},
+		{"capture web --pause-bound 100ms", "--pause-bound 100ms is shorter than --hold-bound 200ms", env},
 		{"restore", "IMAGE is missing", env},
 		{"restore web-1", "which machine", env},
 		{"release", "which machine", env},
@@ -61,7 +67,7 @@ func TestUsage(t *testing.T) {
 			if exit != exitUsage || stdout != "" {
 				t.Errorf("exit code %d, want %d; standard output %q", exit, exitUsage, stdout)
 			}
-			if !strings.Contains(stderr, c.says) || !strings.Contains(stderr, "hint: ") {
+			if !strings.Contains(stderr, c.says) || !strings.Contains(stderr, "hint: ") || strings.Contains(stderr, "strconv") {
 				t.Errorf("standard error:\n%swant %q and a hint", stderr, c.says)
 			}
 		})
@@ -71,7 +77,7 @@ func TestUsage(t *testing.T) {
 // TestUsageJSON has exactly one JSON value answer what was typed wrong, wherever --output stands.
 func TestUsageJSON(t *testing.T) {
 	s := &shell{t: t, repo: t.TempDir(), key: "/nowhere"}
-	for _, args := range [][]string{{"frobnicate"}, {"list", "--frobnicate"}, {"help", "foo"}, {"completion", "tcsh"}, {"list", "web"}} {
+	for _, args := range [][]string{{}, {"frobnicate"}, {"list", "--frobnicate"}, {"help", "foo"}, {"completion", "tcsh"}, {"list", "web"}} {
 		got := runJSON[struct{ Error failureJSON }](s, exitUsage, args...).Error
 		if got.Code != codeUsage || got.Hint == "" {
 			t.Errorf("%v: %+v", args, got)
@@ -299,6 +305,41 @@ func TestVerifyWhileImagesAreDeleted(t *testing.T) {
 	}
 }
 
+// TestVerifyInterrupted interrupts a verify: what was found until then is said.
+func TestVerifyInterrupted(t *testing.T) {
+	s := family(t)
+	for _, format := range []string{"text", "json"} {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var stdout, stderr bytes.Buffer
+		asked := 0
+		p := &program{stdout: &stdout, stderr: &stderr,
+			getenv: func(name string) string {
+				return map[string]string{repositoryVariable: s.repo, keyVariable: s.key}[name]
+			},
+			now: func() time.Time { // asked for when an image is begun, and when it is done
+				if asked++; asked == 5 {
+					cancel()
+				}
+				return time.Now()
+			}}
+		if exit := p.run(ctx, []string{"verify", "--output", format}); exit != exitInterrupted ||
+			!strings.HasPrefix(stderr.String(), "interrupted: ") || strings.Contains(stderr.String(), "context canceled") {
+			t.Errorf("%s: exit code %d, standard error:\n%s", format, exit, stderr.String())
+		}
+		if format == "text" {
+			if strings.Count(stdout.String(), " ok ") != 2 {
+				t.Errorf("standard output:\n%s", stdout.String())
+			}
+			continue
+		}
+		var got verifyJSON
+		if err := json.Unmarshal(stdout.Bytes(), &got); err != nil || got.OK || len(got.Images) != 2 || got.Error == nil || got.Error.Code != jobs.CodeInterrupted {
+			t.Errorf("%v, %s", err, stdout.String())
+		}
+	}
+}
+
 // TestNotThere asks for what does not exist: repository, key, image.
 func TestNotThere(t *testing.T) {
 	s := family(t)
@@ -306,19 +347,20 @@ func TestNotThere(t *testing.T) {
 		name string
 		s    shell
 		args []string
+		hint string
 	}{
-		{"image to show", *s, []string{"show", "web-9"}},
-		{"image to verify", *s, []string{"verify", "web-9"}},
-		{"image to delete", *s, []string{"delete", "web-9"}},
-		{"repository", shell{t, t.TempDir(), s.key}, []string{"list"}},
-		{"directory", shell{t, filepath.Join(t.TempDir(), "nowhere"), s.key}, []string{"list"}},
-		{"key", shell{t, s.repo, filepath.Join(t.TempDir(), "nowhere")}, []string{"list"}},
-		{"machine", *s, []string{"capture", "no-such-machine"}},
-		{"machine to release", *s, []string{"release", "no-such-machine"}},
+		{"image to show", *s, []string{"show", "web-9"}, "`vmckpt list`"},
+		{"image to verify", *s, []string{"verify", "web-9"}, "`vmckpt list`"},
+		{"image to delete", *s, []string{"delete", "web-9"}, "`vmckpt list`"},
+		{"repository", shell{t, t.TempDir(), s.key}, []string{"list"}, "--repo"},
+		{"directory", shell{t, filepath.Join(t.TempDir(), "nowhere"), s.key}, []string{"list"}, "--repo"},
+		{"key", shell{t, s.repo, filepath.Join(t.TempDir(), "nowhere")}, []string{"list"}, "--key"},
+		{"machine", *s, []string{"capture", "no-such-machine"}, "name a QEMU"},
+		{"machine to release", *s, []string{"release", "no-such-machine"}, "name a QEMU"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.s.t = t
-			if _, stderr, exit := c.s.run(c.args...); exit != exitNotFound || !strings.Contains(stderr, "hint: ") {
+			if _, stderr, exit := c.s.run(c.args...); exit != exitNotFound || !strings.Contains(stderr, "hint: "+c.hint) && !strings.Contains(stderr, c.hint+" or ") {
 				t.Errorf("exit code %d, want %d; standard error:\n%s", exit, exitNotFound, stderr)
 			}
 		})
@@ -447,6 +489,12 @@ func TestDamage(t *testing.T) {
 			t.Errorf("exit code %d, standard error:\n%s", exit, stderr)
 		}
 	})
+	t.Run("verify, none sound", func(t *testing.T) {
+		_, stderr, exit := s.run("verify", "web-4", "db-1")
+		if exit != exitDamaged || !strings.Contains(stderr, "--mode full") || strings.Contains(stderr, "another image") {
+			t.Errorf("exit code %d, standard error:\n%s", exit, stderr)
+		}
+	})
 	t.Run("delete", func(t *testing.T) { s.ok("delete", "web-4", "db-1", "web-3b"); s.ok("verify") })
 }
 
@@ -463,6 +511,17 @@ func TestWrongKey(t *testing.T) {
 		if _, stderr, exit := s.run(args...); exit != exitDamaged || !strings.Contains(stderr, "key") {
 			t.Errorf("%v: exit code %d, standard error:\n%s", args, exit, stderr)
 		}
+	}
+	got := runJSON[deleteJSON](s, exitDamaged, "delete", "web-1").Images[0]
+	if got.Deleted || got.Error.Code != jobs.CodeWrongKey || !strings.Contains(got.Error.Hint, "--force") {
+		t.Errorf("delete of another's image: %+v", got)
+	}
+	if left := runJSON[listJSON](s, 0, "list").Images; len(left) != 6 {
+		t.Errorf("%d images are left, want 6", len(left))
+	}
+	s.ok("delete", "web-1", "--force")
+	if left := runJSON[listJSON](s, 0, "list").Images; len(left) != 5 {
+		t.Errorf("%d images are left, want 5", len(left))
 	}
 }
 

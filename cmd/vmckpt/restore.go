@@ -21,7 +21,7 @@ type restoreJSON struct {
 	Repository string `json:"repository"`
 	VM         vmJSON `json:"vm"`
 
-	Warnings []string `json:"warnings,omitempty"` // the result's, and that disks are as they are
+	Warnings []string `json:"warnings,omitempty"` // the result's, that disks are as they are, and that it was interrupted
 }
 
 func (p *program) restoreCommand() *cobra.Command {
@@ -62,6 +62,7 @@ Disks are not restored yet: they have to be as they were at the image's instant 
 	f.BoolVar(&r.Run, "run", false, "let the machine run in the end, if all is well")
 	f.BoolVar(&r.FullCompare, "full-compare", false, "compare all memory in the end, and not only what was written since it was put in")
 	recordDirFlag(c, &r.RecordDir)
+	complete(c, false, p.imageNames, machineNames)
 	return c
 }
 
@@ -77,6 +78,9 @@ func (p *program) restore(ctx context.Context, r jobs.RestoreRequest) (err error
 		return err
 	}
 	r.VM.PID = process.PID
+	if err := p.look(); err != nil {
+		return err
+	}
 	meter := p.meter()
 	began := time.Now()
 	p.workers.commits(func() bool { return r.Overwriting(process, began) })
@@ -91,15 +95,17 @@ func (p *program) restore(ctx context.Context, r jobs.RestoreRequest) (err error
 		p.warnStopped(r.RecordDir, process)
 	}
 	if err != nil {
-		return err
-	}
-	if interrupted {
-		p.tell("interrupted; the restore was brought to its end, since the machine's memory was being overwritten\n")
+		return endedMeanwhile(err, "what the restore had begun went with it")
 	}
 	machine := p.machineOf(ctx, r.Image)
 	answer := restoreJSON{
 		Result: result, Repository: p.repository, VM: vmJSON{process.PID, process.Guest, process.UUID},
 		Warnings: append(disksWarnings(machine), result.Warnings...),
+	}
+	if interrupted {
+		const brought = "interrupted; the restore was brought to its end, since the machine's memory was being overwritten"
+		p.tell("%s\n", brought)
+		answer.Warnings = append(answer.Warnings, brought)
 	}
 	p.answer(answer, func() { p.printRestore(process, result, disksText(machine)) })
 	return nil

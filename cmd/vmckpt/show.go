@@ -46,6 +46,7 @@ needs to be restored into. The answer in JSON has the whole description of that 
 		RunE: func(c *cobra.Command, args []string) error { return p.show(c.Context(), args[0]) },
 	}
 	p.repositoryFlags(c)
+	complete(c, false, p.imageNames)
 	return c
 }
 
@@ -133,6 +134,14 @@ func disksWarnings(recorded json.RawMessage) []string {
 	return nil
 }
 
+// beforeSealing says of a capture's time, as its image has it, what is not in it: the report is part of what was sealed then.
+func beforeSealing(took string) string {
+	if took == "" {
+		return ""
+	}
+	return took + ", and the sealing"
+}
+
 func (p *program) printShow(n *node, answer *showJSON) {
 	m := &n.Manifest
 	kind := kindText(m, &n.report)
@@ -160,7 +169,7 @@ func (p *program) printShow(n *node, answer *showJSON) {
 		field{"attributes", strings.Join(attributes, ", ")},
 		field{"size", sizesText(m)},
 		field{"stored", fmt.Sprintf("compression %s, encryption %s", m.Compression, m.Encryption)},
-		field{"took", tookText(&n.report)},
+		field{"took", beforeSealing(tookText(&n.report))},
 		field{"paused", pausedText(&n.report)},
 	)
 	p.printPauses(&n.report)

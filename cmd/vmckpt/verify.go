@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/node-agent/jobs"
 )
 
 // verifyJSON is the answer of verify.
@@ -16,6 +17,7 @@ type verifyJSON struct {
 	Repository string             `json:"repository"`
 	OK         bool               `json:"ok"` // all of them are
 	Images     []verificationJSON `json:"images"`
+	Error      *failureJSON       `json:"error,omitempty"` // an interruption: further images were not looked at
 }
 
 // verificationJSON is what was found of one image.
@@ -38,6 +40,7 @@ A restore checks all that it reads as well, before the VM gets any of it. Verify
 		RunE: func(c *cobra.Command, args []string) error { return p.verify(c.Context(), args) },
 	}
 	p.repositoryFlags(c)
+	complete(c, true, p.imageNames)
 	return c
 }
 
@@ -72,7 +75,7 @@ func (p *program) verify(ctx context.Context, names []string) error {
 		v, err := p.verifyOne(ctx, repository, name, phase)
 		if err != nil {
 			if ctx.Err() != nil {
-				return err
+				return p.verifiedUntil(answer, err)
 			}
 			if all && errors.Is(err, image.ErrNotFound) {
 				continue // deleted meanwhile: nobody asked for this one
@@ -84,9 +87,31 @@ func (p *program) verify(ctx context.Context, names []string) error {
 	}
 	p.answer(answer, func() { p.printVerify(answer) })
 	if first != nil {
-		return &reported{first}
+		return &reported{nothingSound(answer, first)}
 	}
 	return nil
+}
+
+// verifiedUntil answers with what was found before an interruption.
+func (p *program) verifiedUntil(answer verifyJSON, err error) error {
+	answer.OK, answer.Error = false, describe(err)
+	p.answer(answer, func() {
+		if len(answer.Images) > 0 {
+			p.printVerify(answer)
+		}
+	})
+	p.complain(err)
+	return &reported{err}
+}
+
+// nothingSound gives the error of damage its hint where there is no other image to restore from.
+func nothingSound(answer verifyJSON, err error) error {
+	for _, v := range answer.Images {
+		if v.OK || v.Error.Code != jobs.CodeDamaged {
+			return err
+		}
+	}
+	return &adviceError{err, "none of these can be restored: take a base with `vmckpt capture --mode full`, look after the volume, and delete what is damaged"}
 }
 
 // worse keeps the error that the exit code is to tell of: damage before all else.

@@ -26,6 +26,8 @@ func (f *vmFlags) selectorFlags(c *cobra.Command) {
 	c.Flags().StringVar(&f.guest, "guest", "", "`NAME` of the machine (QEMU's -name guest=); the same as the argument VM")
 	c.Flags().StringVar(&f.uuid, "uuid", "", "`UUID` of the machine")
 	c.Flags().IntVar(&f.pid, "pid", 0, "`PID` of the machine's QEMU process")
+	completeFlag(c, "guest", machineNames)
+	completeFlag(c, "pid", machinePIDs)
 }
 
 // monitorFlags adds the flags that say how to reach the monitor.
@@ -48,6 +50,9 @@ func (f *vmFlags) vm(argument string, getenv func(string) string) (jobs.VM, erro
 	if v.Guest == "" && v.UUID == "" && v.PID == 0 {
 		return jobs.VM{}, &usageError{errors.New("which machine? Name it by its guest name, --uuid or --pid")}
 	}
+	if v.PID < 0 {
+		return jobs.VM{}, &usageError{fmt.Errorf("--pid %d: want the number of a process", v.PID)}
+	}
 	if v.UUID != "" && !uuidPattern.MatchString(v.UUID) {
 		return jobs.VM{}, &usageError{fmt.Errorf("--uuid %s: want a UUID such as 01234567-89ab-cdef-0123-456789abcdef", v.UUID)}
 	}
@@ -57,7 +62,7 @@ func (f *vmFlags) vm(argument string, getenv func(string) string) (jobs.VM, erro
 	if f.libvirt != "" {
 		socket, err := libvirtSocket(f.libvirt, getenv)
 		if err != nil {
-			return jobs.VM{}, &usageError{fmt.Errorf("--libvirt %s: %w", f.libvirt, err)}
+			return jobs.VM{}, &adviceError{&usageError{fmt.Errorf("--libvirt %s: %w", f.libvirt, err)}, "name the socket of the libvirt that runs the machine, or leave --libvirt out: it is found from the process"}
 		}
 		v.LibvirtSocket = socket
 	}

@@ -260,7 +260,7 @@ func (c *capture) take(ctx context.Context) (*dirty.Instant, []byte, error) {
 			return nil, nil, err
 		}
 		last = err
-		if c.result.Downtime > c.o.PauseBound {
+		if c.result.held() > c.o.PauseBound {
 			return nil, nil, &AttemptsError{attempt, last}
 		}
 		if err := c.again(ctx, last); err != nil {

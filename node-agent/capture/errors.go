@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
+	"github.com/vmckpt/vmckpt/node-agent/guard"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 )
 
@@ -43,10 +44,22 @@ type AttemptsError struct {
 }
 
 func (e *AttemptsError) Error() string {
+	if e.Attempts == 1 {
+		return fmt.Sprintf("the machine could not be held for its instant: %v", e.Last)
+	}
 	return fmt.Sprintf("the machine could not be held for its instant in %d attempts, last: %v", e.Attempts, e.Last)
 }
 
 func (e *AttemptsError) Unwrap() error { return e.Last }
+
+// BoundError says that a hold took longer than it may: the machine was let go before its instant was whole. It is a [guard.ErrLetGo].
+type BoundError struct{ Bound time.Duration }
+
+func (e *BoundError) Error() string {
+	return fmt.Sprintf("the hold took longer than its bound of %v, and the machine was let go", e.Bound)
+}
+
+func (e *BoundError) Is(target error) bool { return target == guard.ErrLetGo }
 
 // ResidueError says that the guest writes faster than its memory can be copied: what was left to be copied in the hold would have
 // taken longer than the pause may.

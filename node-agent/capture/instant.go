@@ -96,6 +96,7 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 		}
 	}
 	c.result.Harvest.Residue = residue.Count()
+	c.result.OwnerPaused = !c.running
 	c.result.phase("instant", begin)
 	return instant, stream, nil
 }

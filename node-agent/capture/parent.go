@@ -54,7 +54,10 @@ func (c *capture) chooseParent(ctx context.Context) (*image.Image, error) {
 		case err == nil && img.Digest().String() == tracked.Digest:
 			return img, nil
 		case err == nil:
-			img.Close() // another repository's image of that name
+			img.Close()
+			c.result.Why = fmt.Sprintf("tracking counts from another image that had the name %s, of another repository or deleted since", tracked.Name)
+		case errors.Is(err, image.ErrNotFound):
+			c.result.Why = fmt.Sprintf("tracking counts from image %s, which is not in this repository: it is in another one, or was deleted", tracked.Name)
 		case !unfit(err) && !(c.o.OtherKeys && errors.Is(err, image.ErrWrongKey)):
 			return nil, err
 		default:
@@ -134,6 +137,9 @@ func (c *capture) create(ctx context.Context, parent *image.Image) error {
 		c.writer = writer
 		c.result.Parent, c.result.Source = "", ""
 		c.session.SinceNothing()
+		if untracked := c.untracked(); untracked != "" {
+			c.because(untracked)
+		}
 		return nil
 	}
 	manifest := parent.Manifest()
@@ -141,20 +147,41 @@ func (c *capture) create(ctx context.Context, parent *image.Image) error {
 	if err := c.session.Since(dirty.Image{Name: manifest.Name, Digest: parent.Digest().String()}); err != nil {
 		// Everything is looked at, and the writer keeps what the parent has not.
 		source, why = "content hash", err.Error()
+		if unknown := (*dirty.UnknownError)(nil); errors.As(err, &unknown) {
+			why = unknown.Reason
+		}
 	} else if c.parentAbsent, err = c.absentIn(parent); err != nil {
 		return errors.Join(err, writer.Abort())
 	}
-	for _, untracked := range c.session.Untracked() {
-		if untracked != nil {
-			source, why = "content hash", untracked.Error()+"; it is copied in the pause"
-		}
+	if c.result.Why == "" { // else the parent was chosen for a reason that says as much
+		c.result.Why = why
+	}
+	if untracked := c.untracked(); untracked != "" {
+		source = "content hash"
+		c.because(untracked)
 	}
 	c.writer = writer
 	c.result.Parent, c.result.Source = manifest.Name, source
-	if c.result.Why == "" {
-		c.result.Why = why
-	}
 	return nil
+}
+
+// untracked says what is copied in the pause since the page tables do not tell what is written to it; "" where there is no such memory. A
+// base has it copied there as an increment has.
+func (c *capture) untracked() string {
+	for _, untracked := range c.session.Untracked() {
+		if untracked != nil {
+			return untracked.Error() + "; it is copied in the pause"
+		}
+	}
+	return ""
+}
+
+// because adds to what the result says of how it came about.
+func (c *capture) because(why string) {
+	if c.result.Why != "" {
+		why = c.result.Why + "; " + why
+	}
+	c.result.Why = why
 }
 
 const (

@@ -23,7 +23,11 @@ type Result struct {
 	Instant  time.Time     `json:"instant"`  // when the machine stood still
 	Duration time.Duration `json:"duration"` // ns
 
-	// Pauses are all times that the machine stood still for this checkpoint, lost attempts included; Downtime is their sum.
+	// OwnerPaused says that the machine was paused by its owner, before and after the checkpoint.
+	OwnerPaused bool `json:"ownerPaused,omitempty"`
+
+	// Pauses are all times that the machine was held for this checkpoint, lost attempts included. Downtime is their sum, as far as the guest
+	// would have run: those of a machine that its owner had paused are not in it.
 	Pauses   []Pause       `json:"pauses"`
 	Downtime time.Duration `json:"downtime"` // ns
 	Phases   []Phase       `json:"phases"`
@@ -31,6 +35,14 @@ type Result struct {
 
 	Harvest HarvestReport    `json:"harvest"`
 	Pages   image.PageCounts `json:"pages,omitzero"`
+}
+
+// held is how long the machine was held in all.
+func (r *Result) held() (held time.Duration) {
+	for _, p := range r.Pauses {
+		held += p.Total
+	}
+	return held
 }
 
 // Pause is one time that the machine stood still.

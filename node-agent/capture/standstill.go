@@ -36,8 +36,10 @@ const (
 // standstill is one time that the machine stands still on a leash. It is a dirty.Standstill.
 type standstill struct {
 	leash   *guard.Leash
-	bound   atomic.Int64 // ns: how long the hold may be
-	watch   *time.Timer  // kills the holder; runs from QEMU's STOP on
+	bound   atomic.Int64  // ns: how long the hold may be
+	watch   *time.Timer   // kills the holder; runs from QEMU's STOP on
+	limit   time.Duration // bound, as long as the machine is held
+	since   time.Time     // from when limit counts; zero is the first byte
 	ended   atomic.Bool
 	parts   []Phase
 	partEnd time.Time
@@ -61,10 +63,23 @@ func (s *standstill) Err() error {
 
 // extend gives the hold another bound, from now on.
 func (s *standstill) extend(bound time.Duration) error {
+	s.limit, s.since = bound, time.Now()
 	// First the bound: the event that starts the watch may come only now.
 	s.bound.Store(int64(bound))
 	s.watch.Reset(bound + watchSlack)
 	return s.leash.Extend(bound)
+}
+
+// why says of an error in the hold that it came of its bound, where it did: the holder is killed then, which says nothing to anybody.
+func (s *standstill) why(err error) error {
+	since := s.since
+	if since.IsZero() {
+		since = s.leash.FirstByte()
+	}
+	if !errors.Is(err, guard.ErrLetGo) || since.IsZero() || time.Since(since) < s.limit {
+		return err
+	}
+	return &BoundError{s.limit}
 }
 
 // part ends a named part of the pause here.
@@ -84,7 +99,9 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 	defer func() {
 		pause.Lost = err != nil
 		c.result.Pauses = append(c.result.Pauses, pause)
-		c.result.Downtime += pause.Total
+		if c.running { // else the guest stood still anyway
+			c.result.Downtime += pause.Total
+		}
 	}()
 
 	// As late as can be: a migration that began since the last look might stop the machine itself while QEMU stops it for us, which ends in
@@ -102,7 +119,7 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 		return nil, err
 	}
 	defer leash.Close()
-	s := &standstill{leash: leash}
+	s := &standstill{leash: leash, limit: c.o.HoldBound}
 	s.bound.Store(int64(c.o.HoldBound))
 	if streamBytes == 0 {
 		s.bound.Store(int64(max(c.o.HoldBound, letGoBound)))
@@ -168,7 +185,7 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 			}
 		}()
 		if err := held(ctx, s); err != nil {
-			if gone := s.Err(); gone != nil {
+			if gone := s.Err(); gone != nil && !errors.Is(err, errEnded) {
 				return fmt.Errorf("%w: %w", gone, err) // whatever it was, it was because of that
 			}
 			return err
@@ -177,6 +194,7 @@ func (c *capture) standStill(ctx context.Context, what string, streamBytes uint6
 		s.watch.Reset(letGoBound + watchSlack)
 		return leash.Release()
 	}()
+	err = s.why(err)
 	s.ended.Store(true)
 	// Whatever failed, QEMU is to come to the end of its command: one whose reader is gone leaves the pipe open in QEMU for good. The watch
 	// sees to it that this does not take long.

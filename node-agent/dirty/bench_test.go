@@ -77,7 +77,7 @@ func BenchmarkHarvest(b *testing.B) {
 			}
 			s.Close()
 			started = time.Now()
-			if err := Release(b.Context(), c.process(), dir); err != nil {
+			if _, err := Release(b.Context(), c.process(), dir); err != nil {
 				b.Fatal(err)
 			}
 			b.Logf("release: %v", time.Since(started))

@@ -15,9 +15,9 @@ type Process struct {
 	StartTime uint64 `json:"startTime"` // clock ticks since boot (proc(5), stat, field 22)
 }
 
-// String names the process for people.
+// String names the process for people, to whom its start time says nothing.
 func (p Process) String() string {
-	return fmt.Sprintf("pid %d (started at tick %d)", p.PID, p.StartTime)
+	return fmt.Sprintf("pid %d", p.PID)
 }
 
 // Block is one RAM block of the process.

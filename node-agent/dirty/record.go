@@ -2,9 +2,12 @@ package dirty
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -92,9 +95,52 @@ func readRecord(dir *os.Root, p Process) (*Record, error) {
 	case r.Version != recordVersion:
 		return nil, fmt.Errorf("session record has version %d", r.Version)
 	case r.Process != p:
-		return nil, fmt.Errorf("session record is of %v", r.Process)
+		return nil, fmt.Errorf("session record is of another process, %v", r.Process)
 	}
 	return r, nil
+}
+
+// Look returns the image that tracking of a process counts from, or an [*UnknownError] that says why there is none. It is a look, as [Busy] is:
+// the next capture decides anew.
+func Look(recordDir string, p Process) (_ Image, err error) {
+	defer func() {
+		if unknown := (*UnknownError)(nil); err != nil && !errors.As(err, &unknown) {
+			err = fmt.Errorf("look at the tracking of %v: %w", p, err)
+		}
+	}()
+	dir, err := os.OpenRoot(recordDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Image{}, &UnknownError{Reason: noRecord}
+	}
+	if err != nil {
+		return Image{}, err
+	}
+	defer dir.Close()
+	r, err := readRecord(dir, p)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Image{}, &UnknownError{Reason: noRecord}
+	}
+	if err != nil {
+		return Image{}, err
+	}
+	boot, err := currentBoot()
+	if err != nil {
+		return Image{}, err
+	}
+	switch {
+	case r.BootID != boot:
+		return Image{}, &UnknownError{Reason: noRecord} // of a process before the boot
+	case !r.Valid:
+		return Image{}, &UnknownError{Reason: r.Reason}
+	}
+	present, err := trackers(p.PID)
+	if err != nil {
+		return Image{}, err
+	}
+	if !slices.Contains(present, r.Userfaultfd) {
+		return Image{}, &UnknownError{Reason: noUserfaultfd}
+	}
+	return r.Image, nil
 }
 
 // writeRecord puts the record in place whole or not at all, and returns when it is on the disk: what a caller does after

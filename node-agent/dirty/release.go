@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,10 +20,13 @@ import (
 // space for writing meanwhile, which stops every page fault in it: 3 ms for 64 MiB of small pages.
 const releaseStepBytes = 64 << 20
 
+// reasonReleased is why nothing is known of a process's past once tracking was taken out of it.
+const reasonReleased = "tracking was taken out by a release"
+
 // Release takes all tracking out of a process: ranges unregistered, our userfaultfds and the leash's pipe closed in
-// it, the record removed. The session must not be open, here or elsewhere ([ErrBusy]). A process that is gone is
-// released.
-func Release(ctx context.Context, p Process, recordDir string) (err error) {
+// it; the record keeps that this was done, and nothing else. It returns whether there was any tracking. The session must not be open, here
+// or elsewhere ([ErrBusy]). A process that is gone is released.
+func Release(ctx context.Context, p Process, recordDir string) (tracked bool, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("release %v: %w", p, err)
@@ -30,26 +34,29 @@ func Release(ctx context.Context, p Process, recordDir string) (err error) {
 	}()
 	dir, lock, err := openRecordDir(recordDir, p)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer dir.Close()
 	defer lock.Close()
 	// First, so that whatever fails below leaves no record behind that could be believed.
 	old, readErr := readRecord(dir, p)
 	if err := removeRecord(dir, p); err != nil {
-		return err
+		return false, err
 	}
 	if err := alive(p); err != nil {
 		if errors.Is(err, ErrGone) {
-			return nil
+			return false, nil
 		}
-		return err
+		return false, err
 	}
 	present, err := trackers(p.PID)
 	if err != nil {
-		return err
+		return false, err
 	}
 	var failed []error
+	if len(present) > 0 || readErr == nil {
+		failed = append(failed, noteRelease(dir, p))
+	}
 	for _, file := range present {
 		failed = append(failed, takeOut(ctx, p.PID, file))
 	}
@@ -57,7 +64,16 @@ func Release(ctx context.Context, p Process, recordDir string) (err error) {
 	if readErr == nil && old.Leash != nil && old.Leash.Idle && old.Leash.Pipe.Link != "" {
 		failed = append(failed, closeRemote(ctx, p.PID, old.Leash.Pipe))
 	}
-	return errors.Join(failed...)
+	return len(present) > 0, errors.Join(failed...)
+}
+
+// noteRelease leaves a record that says why the next image cannot be made by tracking. It is not valid: nothing of it is believed.
+func noteRelease(dir *os.Root, p Process) error {
+	boot, err := currentBoot()
+	if err != nil {
+		return err
+	}
+	return writeRecord(dir, &Record{Version: recordVersion, Process: p, BootID: boot, Reason: reasonReleased, Updated: time.Now().UTC()})
 }
 
 // takeOut unregisters all that a userfaultfd in the process has, in steps, and closes it there.

@@ -26,6 +26,12 @@ type UnknownError struct{ Reason string }
 
 func (e *UnknownError) Error() string { return "tracking state unknown: " + e.Reason }
 
+// Reasons of an [UnknownError].
+const (
+	noRecord      = "this host has no record of tracking"
+	noUserfaultfd = "the process has no userfaultfd of this session"
+)
+
 // Options are the parameters of a session that only tests give.
 type Options struct {
 	Now    func() time.Time       // the clock; nil is time.Now
@@ -42,8 +48,8 @@ type Session struct {
 
 	dir     *os.Root
 	lock    *os.File
-	record  Record // as it is on the disk
-	unknown error  // an *UnknownError, unless the record was valid at Open or has become so
+	record  Record        // as it is on the disk
+	unknown *UnknownError // unless the record was valid at Open or has become so
 	now     func() time.Time
 
 	pending *Pending
@@ -106,7 +112,7 @@ func Open(ctx context.Context, p Process, blocks []Block, recordDir string, o Op
 	if s.unknown != nil {
 		s.pending.AddAll()
 		if s.record.Valid {
-			if err := s.write(false, s.unknown.Error()); err != nil {
+			if err := s.write(false, s.unknown.Reason); err != nil {
 				return nil, err
 			}
 		}
@@ -161,7 +167,7 @@ func (s *Session) load(boot string) error {
 	if err != nil {
 		reason := err.Error()
 		if errors.Is(err, fs.ErrNotExist) {
-			reason = "no session record"
+			reason = noRecord
 		}
 		s.record = fresh
 		s.disbelieve(reason)
@@ -177,7 +183,7 @@ func (s *Session) load(boot string) error {
 	s.record.LayoutDigest = fresh.LayoutDigest
 	switch {
 	case !old.Valid && old.Reason != "":
-		s.disbelieve("session record is invalid: " + old.Reason)
+		s.disbelieve(old.Reason) // a whole reason, as it was written
 	case !old.Valid:
 		s.disbelieve("session record is invalid")
 	case old.LayoutDigest != fresh.LayoutDigest:
@@ -222,9 +228,9 @@ func (s *Session) openUserfaultfd(ctx context.Context) error {
 		s.uffd = &pagetable.Userfaultfd{File: local}
 		return nil
 	}
-	s.disbelieve("the process has no userfaultfd of this session")
+	s.disbelieve(noUserfaultfd)
 	// On the disk before there is one: the record must not be valid any more when the first page is protected through it.
-	if err := s.write(false, s.unknown.Error()); err != nil {
+	if err := s.write(false, s.unknown.Reason); err != nil {
 		return err
 	}
 	remote, local, err := inject.NewUserfaultfd(ctx, s.process.PID)
@@ -246,7 +252,7 @@ func (s *Session) openUserfaultfd(ctx context.Context) error {
 	}
 	s.uffd = uffd
 	s.record.Userfaultfd = remote
-	return s.write(false, s.unknown.Error())
+	return s.write(false, s.unknown.Reason)
 }
 
 // unsupported says whether tracking is impossible here and will be the next time, so that the content hash has to do.
@@ -345,12 +351,21 @@ func (s *Session) stillRegistered(mappings []pagetable.Mapping) error {
 // [*UnknownError], says why. It is no failure: the image will be right, and take longer.
 func (s *Session) Since(parent Image) error {
 	if s.record.Image != parent {
-		s.disbelieve(fmt.Sprintf("the session counts from image %q, and the parent is %q", s.record.Image.Name, parent.Name))
+		s.disbelieve(otherImage(s.record.Image, parent))
 	}
-	if s.unknown != nil {
-		s.pending.AddAll()
+	if s.unknown == nil {
+		return nil
 	}
+	s.pending.AddAll()
 	return s.unknown
+}
+
+// otherImage says that tracking counts from an image which is not the parent.
+func otherImage(tracked, parent Image) string {
+	if tracked.Name == parent.Name {
+		return fmt.Sprintf("tracking counts from another image that had the name %s, of another repository or deleted since", tracked.Name)
+	}
+	return fmt.Sprintf("tracking counts from image %s, and not from the parent", tracked.Name)
 }
 
 // SinceNothing makes everything pending, for an image without a parent.

@@ -74,12 +74,12 @@ func TestGoingOn(t *testing.T) {
 				e.t.Fatal(err)
 			}
 			e.s.Close()
-		}, "tracking state unknown: session record is invalid: a capture was begun and its image not sealed"},
+		}, "tracking state unknown: a capture was begun and its image not sealed"},
 		{"standstill re-armed and never sealed", func(e *setting) {
 			e.s = e.c.open(e.dir)
 			harvest(e.t, e.s)
 			e.s.Close()
-		}, "tracking state unknown: session record is invalid: a capture was begun and its image not sealed"},
+		}, "tracking state unknown: a capture was begun and its image not sealed"},
 		{"standstill not re-armed", func(e *setting) {
 			e.s = e.c.open(e.dir)
 			if _, err := e.s.HarvestStanding(e.t.Context(), &standing{}); err != nil {
@@ -88,10 +88,10 @@ func TestGoingOn(t *testing.T) {
 			e.s.Close()
 		}, ""},
 		{"another image is the parent", func(e *setting) { e.image.Name = "other" },
-			`tracking state unknown: the session counts from image "first", and the parent is "other"`},
+			`tracking state unknown: tracking counts from image first, and not from the parent`},
 		{"another manifest under the name", func(e *setting) { e.image.Digest = "00" },
-			`tracking state unknown: the session counts from image "first", and the parent is "first"`},
-		{"record removed", func(e *setting) { os.Remove(file(e)) }, "tracking state unknown: no session record"},
+			`tracking state unknown: tracking counts from another image that had the name first, of another repository or deleted since`},
+		{"record removed", func(e *setting) { os.Remove(file(e)) }, "tracking state unknown: this host has no record of tracking"},
 		{"record cut short", func(e *setting) { os.Truncate(file(e), 40) }, "tracking state unknown: session record: unexpected end of JSON input"},
 		{"record emptied", func(e *setting) { os.Truncate(file(e), 0) }, "tracking state unknown: session record: unexpected end of JSON input"},
 		{"record too large", func(e *setting) {
@@ -104,7 +104,7 @@ func TestGoingOn(t *testing.T) {
 		}, "tracking state unknown: session record has version 9"},
 		{"record of another process", func(e *setting) {
 			editRecord(e.t, file(e), func(f map[string]any) { f["process"] = Process{PID: 1, StartTime: 2} })
-		}, "tracking state unknown: session record is of pid 1 (started at tick 2)"},
+		}, "tracking state unknown: session record is of another process, pid 1"},
 		{"record of another boot", func(e *setting) {
 			editRecord(e.t, file(e), func(f map[string]any) { f["bootID"] = "another" })
 		}, "tracking state unknown: session record is of another boot"},
@@ -368,7 +368,7 @@ func TestOneSessionAtATime(t *testing.T) {
 	if err := Busy(dir, c.process()); !errors.As(err, &busy) || busy.Holder != os.Getpid() {
 		t.Errorf("a look at it: %v", err)
 	}
-	if err := Release(t.Context(), c.process(), dir); !errors.Is(err, ErrBusy) {
+	if _, err := Release(t.Context(), c.process(), dir); !errors.Is(err, ErrBusy) {
 		t.Errorf("release of an open session: %v", err)
 	}
 	s.Close()
@@ -428,8 +428,8 @@ func TestRelease(t *testing.T) {
 		t.Errorf("image: %v, %v", got, err)
 	}
 	s.Close()
-	if err := Release(t.Context(), c.process(), dir); err != nil {
-		t.Fatal(err)
+	if tracked, err := Release(t.Context(), c.process(), dir); err != nil || !tracked {
+		t.Fatal(tracked, err)
 	}
 	mappings, err := pagetable.Mappings(c.pid())
 	if err != nil {
@@ -446,11 +446,17 @@ func TestRelease(t *testing.T) {
 	if err := pipe.Check(c.pid()); !errors.Is(err, inject.ErrIdentity) {
 		t.Errorf("pipe: %v", err)
 	}
-	if _, err := os.Stat(recordFile(dir, c.process())); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("record: %v", err)
+	if tracked, err := Release(t.Context(), c.process(), dir); err != nil || tracked {
+		t.Errorf("release of what is released: %v, tracked %v", err, tracked)
 	}
-	if err := Release(t.Context(), c.process(), dir); err != nil {
-		t.Errorf("release of what is released: %v", err)
+	// The next session says why it knows nothing.
+	s = c.open(dir)
+	defer s.Close()
+	if err := s.Since(image); err == nil || err.Error() != "tracking state unknown: "+reasonReleased {
+		t.Errorf("after it: %v", err)
+	}
+	if s.Leash() != nil {
+		t.Errorf("a leash of before: %+v", s.Leash())
 	}
 }
 

@@ -41,7 +41,7 @@ func (r Repository) readKeys() (image.Keys, error) {
 	// A pipe would have us wait for whoever writes to it.
 	f, err := os.OpenFile(r.KeyFile, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return image.Keys{}, fmt.Errorf("%w: %w", image.ErrNotFound, err)
+		return image.Keys{}, image.ErrNotFound // the path is said already
 	}
 	if err != nil {
 		return image.Keys{}, err

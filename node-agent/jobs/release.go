@@ -18,6 +18,9 @@ type ReleaseResult struct {
 	PID   int    `json:"pid"`
 	Guest string `json:"guest,omitempty"`
 
+	// Tracked says that there was any tracking to take out.
+	Tracked bool `json:"tracked"`
+
 	// MemoryInvalid says, where a restore has left the machine's memory half written, how. The mark of that stays.
 	MemoryInvalid string `json:"memoryInvalid,omitempty"`
 }
@@ -32,10 +35,11 @@ func runRelease(ctx context.Context, r ReleaseRequest, _ func(any)) (*ReleaseRes
 	if err != nil {
 		return nil, err
 	}
-	if err := dirty.Release(ctx, sessionOf(process), recordDir(r.RecordDir)); err != nil {
+	tracked, err := dirty.Release(ctx, sessionOf(process), recordDir(r.RecordDir))
+	if err != nil {
 		return nil, err
 	}
-	result := &ReleaseResult{PID: process.PID, Guest: process.Guest}
+	result := &ReleaseResult{PID: process.PID, Guest: process.Guest, Tracked: tracked}
 	if err := restore.Invalid(recordDir(r.RecordDir), sessionOf(process)); err != nil {
 		result.MemoryInvalid = err.Error()
 	}

@@ -104,16 +104,29 @@ type KeyError struct{ Err error }
 func (e *KeyError) Error() string { return e.Err.Error() }
 func (e *KeyError) Unwrap() error { return e.Err }
 
+// NoRepositoryError says that a directory has no repository in it, or is not there. It is an [image.ErrNotFound].
+type NoRepositoryError struct{ Dir string }
+
+func (e *NoRepositoryError) Error() string { return fmt.Sprintf("there is no repository in %s", e.Dir) }
+
+func (e *NoRepositoryError) Unwrap() error { return image.ErrNotFound }
+
 // Open opens the repository.
 func (r Repository) Open() (*image.Repository, error) {
 	keys, err := r.Keys()
 	if err != nil {
 		return nil, err
 	}
+	var repository *image.Repository
 	if r.Volume != "" {
-		return image.OpenRepositoryOn(r.Volume, r.Dir, keys)
+		repository, err = image.OpenRepositoryOn(r.Volume, r.Dir, keys)
+	} else {
+		repository, err = image.OpenRepository(r.Dir, keys)
 	}
-	return image.OpenRepository(r.Dir, keys)
+	if errors.Is(err, image.ErrNotFound) {
+		return nil, &NoRepositoryError{r.Dir}
+	}
+	return repository, err
 }
 
 // recordDir returns where session records are kept, the default filled in.

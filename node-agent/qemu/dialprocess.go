@@ -2,7 +2,6 @@ package qemu
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"net"
@@ -46,7 +45,7 @@ func DialProcess(ctx context.Context, p *Process, opts DialOptions) (Monitor, er
 		m, err := DialLibvirt(ctx, opts.LibvirtSocket, p.Guest)
 		return p.confirm(ctx, m, err)
 	}
-	var errs []error
+	var errs dialErrors
 	try := func(paths []string, dial func(ctx context.Context, path string) (Monitor, error)) Monitor {
 		for _, name := range paths {
 			m, err := p.dialBeneath(ctx, name, dial)
@@ -69,8 +68,21 @@ func DialProcess(ctx context.Context, p *Process, opts DialOptions) (Monitor, er
 	if len(errs) == 0 {
 		return nil, fmt.Errorf("qemu %v has no monitor to connect to: neither libvirt's nor -qmp unix:PATH", p)
 	}
-	return nil, fmt.Errorf("reach the monitor of qemu %v: %w", p, errors.Join(errs...))
+	return nil, errs
 }
+
+// dialErrors are the ways to a monitor that were tried, and what became of each; on one line, as an error is.
+type dialErrors []error
+
+func (e dialErrors) Error() string {
+	var texts []string
+	for _, err := range e {
+		texts = append(texts, err.Error())
+	}
+	return strings.Join(texts, "; ")
+}
+
+func (e dialErrors) Unwrap() []error { return e }
 
 // dialOnce dials by the socket given, and by one of its own once that has been connected: it turned out to be another machine's.
 func (o *DialOptions) dialOnce(ctx context.Context, path string) (Monitor, error) {

@@ -30,18 +30,22 @@ var libvirtURIs = []libvirt.ConnectURI{libvirt.QEMUSystem, libvirt.QEMUSession}
 
 // DialLibvirt connects to the libvirt that listens on the unix socket path of this machine, for the domain of that name.
 func DialLibvirt(ctx context.Context, path, domain string) (Monitor, error) {
-	var errs []error
+	var errs dialErrors
 	for _, uri := range libvirtURIs {
 		m, err := dialLibvirt(ctx, path, uri, domain)
 		if err == nil {
 			return m, nil
+		}
+		var network *net.OpError
+		if errors.As(err, &network) && network.Op == "dial" { // it does not come to the URI
+			return nil, fmt.Errorf("libvirt socket %s: %w", path, network.Err)
 		}
 		errs = append(errs, fmt.Errorf("libvirt socket %s, %s: %w", path, uri, err))
 		if libvirt.IsNotFound(err) || ctx.Err() != nil {
 			break
 		}
 	}
-	return nil, errors.Join(errs...)
+	return nil, errs
 }
 
 // connected is a connection as the dialer that the library wants.

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -101,30 +102,12 @@ func names(ps []*Process) string {
 
 // Find looks through the machine's processes for exactly one QEMU that matches.
 func Find(ctx context.Context, want Selector) (*Process, error) {
-	if want.Proc == "" {
-		want.Proc = "/proc"
-	}
-	entries, err := os.ReadDir(want.Proc)
+	present, err := all(ctx, want.Proc)
 	if err != nil {
-		return nil, fmt.Errorf("list processes: %w", err)
+		return nil, err
 	}
-	var present, matches []*Process
-	for _, e := range entries {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		p, err := readProcess(want.Proc, pid)
-		if err != nil {
-			return nil, fmt.Errorf("read process %d: %w", pid, err)
-		}
-		if p == nil {
-			continue
-		}
-		present = append(present, p)
+	var matches []*Process
+	for _, p := range present {
 		if want.matches(p) {
 			matches = append(matches, p)
 		}
@@ -136,6 +119,39 @@ func Find(ctx context.Context, want Selector) (*Process, error) {
 		return matches[0], nil
 	}
 	return nil, &AmbiguousError{Wanted: want, Matches: matches}
+}
+
+// All finds every QEMU that this user can see, in the order of the process ids.
+func All(ctx context.Context) ([]*Process, error) { return all(ctx, "") }
+
+// all finds them where procfs is mounted; "" is /proc.
+func all(ctx context.Context, proc string) ([]*Process, error) {
+	if proc == "" {
+		proc = "/proc"
+	}
+	entries, err := os.ReadDir(proc)
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	var present []*Process
+	for _, e := range entries {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		p, err := readProcess(proc, pid)
+		if err != nil {
+			return nil, fmt.Errorf("read process %d: %w", pid, err)
+		}
+		if p != nil {
+			present = append(present, p)
+		}
+	}
+	slices.SortFunc(present, func(a, b *Process) int { return a.PID - b.PID })
+	return present, nil
 }
 
 func (s Selector) matches(p *Process) bool {

@@ -16,7 +16,7 @@ import (
 )
 
 // ErrUnwanted is the cause with which a job's context ends when its supervisor is gone or wants it no more.
-var ErrUnwanted = errors.New("the work is not wanted any more")
+var ErrUnwanted = errors.New("it was asked to end")
 
 // textBound is the longest text of an error that is passed on, in bytes: it may have come from a machine that means ill.
 const textBound = 64 << 10
@@ -66,8 +66,8 @@ func Main(jobs map[string]Job, code func(error) string) {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	go func() {
-		s := <-signals
-		cancel(fmt.Errorf("%w: %v", ErrUnwanted, s))
+		<-signals
+		cancel(ErrUnwanted)
 	}()
 
 	in := json.NewDecoder(os.Stdin)

@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -268,6 +269,21 @@ func TestHolderKilledAlways(t *testing.T) {
 			sound(t, b)
 		})
 	}
+}
+
+// TestHoldBoundTooShort: a bound that no hold keeps is what the error names, and the machine goes on.
+func TestHoldBoundTooShort(t *testing.T) {
+	b := truth.NewBench(t, options())
+	b.Capture(t.Context(), b.Options())
+	o := b.Options()
+	o.HoldBound = 50 * time.Microsecond
+	_, err := capture.Run(t.Context(), b.Target, b.Repository, o)
+	var bound *capture.BoundError
+	var attempts *capture.AttemptsError
+	if !errors.As(err, &bound) || bound.Bound != o.HoldBound || !errors.As(err, &attempts) || strings.Count(err.Error(), "let go") != 1 {
+		t.Errorf("error %v, want that the bound of %v was too short", err, o.HoldBound)
+	}
+	sound(t, b)
 }
 
 // TestHolderKilledInRearm lets the guest run again while tracking starts over, and the guest writes to pages that are just being

@@ -110,7 +110,7 @@ func killWorkers(t *testing.T, o machine.Options) {
 			if result.Source != c.source || result.Parent != parent {
 				t.Errorf("after it an image is made on %q by %q (%s); want on %q by %q", result.Parent, result.Source, result.Why, parent, c.source)
 			}
-			if c.source == byContentHash && !strings.Contains(result.Why, "session record is invalid") {
+			if c.source == byContentHash && !strings.Contains(result.Why, "a capture was begun and its image not sealed") {
 				t.Errorf("it says why it compared: %q", result.Why)
 			}
 			if result := b.instant(t.Context(), ordinary); result.Source != byPageTables {

@@ -180,7 +180,7 @@ func (b *bench) instant(ctx context.Context, k kind) *capture.Result {
 	if result.Source != source || result.Parent != parent {
 		b.t.Errorf("image %s was made on %q by %q (%s); want on %q by %q", o.Name, result.Parent, result.Source, result.Why, parent, source)
 	}
-	if k == anotherRecord && b.tracked && !strings.Contains(result.Why, "no session record") {
+	if k == anotherRecord && b.tracked && !strings.Contains(result.Why, "no record of tracking") {
 		b.t.Errorf("image %s was made without a session record, and says why it compared: %q", o.Name, result.Why)
 	}
 	if b.bare() {
