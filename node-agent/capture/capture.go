@@ -241,10 +241,14 @@ func (c *capture) take(ctx context.Context) (*dirty.Instant, []byte, error) {
 		return nil, nil, err
 	}
 	c.o.step(StepInvalidated)
-	if estimate > c.o.budgetPages() || c.streamBytes == 0 {
-		if err := c.rounds(ctx); err != nil {
-			return nil, nil, err
-		}
+	switch {
+	case c.o.Instant == Late && (estimate > c.o.budgetPages() || c.streamBytes == 0):
+		err = c.rounds(ctx)
+	case c.streamBytes == 0: // the hold needs to know what the device state looks like
+		err = c.barrier(ctx)
+	}
+	if err != nil {
+		return nil, nil, err
 	}
 	var last error
 	for attempt := 1; attempt <= c.o.Attempts; attempt++ {
@@ -301,7 +305,7 @@ func (c *capture) again(ctx context.Context, failed error) error {
 func passing(err error) bool {
 	var refused *qemu.QMPError
 	return errors.Is(err, guard.ErrLetGo) || errors.Is(err, guard.ErrNotHeld) || errors.Is(err, errDisturbed) ||
-		errors.Is(err, dirty.ErrBroken) || errors.Is(err, errEnded) || errors.Is(err, errChanged) || errors.As(err, &refused)
+		errors.Is(err, guard.ErrDropped) || errors.Is(err, errUnguarded) || errors.Is(err, dirty.ErrBroken) || errors.Is(err, errEnded) || errors.Is(err, errChanged) || errors.As(err, &refused)
 }
 
 // sameMachine makes sure that the machine is the one that the checkpoint describes, its devices above all: one that was plugged in or out

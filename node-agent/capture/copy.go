@@ -74,9 +74,9 @@ func (c *capture) fill(b *image.Batch, p piece) error {
 	return nil
 }
 
-// copyPages copies sets of pages into the image. give hands out the batch for the next piece, take gets it filled; both are
+// copyPages copies sets of pages into the image. give hands out the batch for the next piece, fill fills it, take gets it filled; all are
 // called by several goroutines.
-func (c *capture) copyPages(ctx context.Context, sets dirty.Sets, give func(context.Context) (*image.Batch, error), take func(*image.Batch)) error {
+func (c *capture) copyPages(ctx context.Context, sets dirty.Sets, give func(context.Context) (*image.Batch, error), take func(*image.Batch), fill func(*image.Batch, piece) error) error {
 	group, ctx := errgroup.WithContext(ctx)
 	work := make(chan piece, 64)
 	group.Go(func() error {
@@ -97,7 +97,7 @@ func (c *capture) copyPages(ctx context.Context, sets dirty.Sets, give func(cont
 				if err != nil {
 					return err
 				}
-				if err := c.fill(b, p); err != nil {
+				if err := fill(b, p); err != nil {
 					c.writer.Release(b)
 					return err
 				}

@@ -32,6 +32,13 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 	if err := c.fillPool(ctx); err != nil {
 		return nil, nil, err
 	}
+	w, err := c.arm(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if w != nil {
+		defer w.end() //nolint:errcheck // where it counts it was called before
+	}
 	// A look at all page tables right before the hold: they are in the processor's caches when it comes to it.
 	if _, err := c.session.Estimate(ctx); err != nil {
 		return nil, nil, err
@@ -50,6 +57,13 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 		c.o.step(StepScanned)
 		if residue, err = c.residue(instant); err != nil {
 			return err
+		}
+		if w != nil {
+			if err := w.begin(ctx, instant, residue); err != nil {
+				return err
+			}
+			still.part("guard")
+			c.o.step(StepKept)
 		}
 		if filled, err = c.copyResidue(ctx, still, residue); err != nil {
 			return err
@@ -90,6 +104,17 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 		c.writer.Submit(b)
 	}
 	c.copied.Union(residue)
+	if w != nil {
+		c.emptyPool() // the copying has a use for it
+		if err := w.copy(); err != nil {
+			return nil, nil, err
+		}
+		if err := w.end(); err != nil {
+			return nil, nil, err
+		}
+		c.copied.Union(w.guarded)
+		c.o.step(StepUnguarded)
+	}
 	for block, holes := range instant.Holes {
 		for run := range holes.Runs() {
 			c.writer.Absent(block, run, image.AbsentUnpopulated)
@@ -187,7 +212,7 @@ func (c *capture) copyResidue(ctx context.Context, still *standstill, residue di
 		defer mu.Unlock()
 		filled = append(filled, b)
 	}
-	if err := c.copyPages(ctx, residue, give, take); err != nil {
+	if err := c.copyPages(ctx, residue, give, take, c.fill); err != nil {
 		for _, b := range filled {
 			c.writer.Release(b)
 		}

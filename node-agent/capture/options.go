@@ -24,10 +24,21 @@ const (
 	Incremental Mode = "incremental" // an increment, or an error
 )
 
+// When says which moment an image describes.
+type When string
+
+const (
+	// Late copies what is dirty first, with the guest running, and takes the instant when little is left: the image is as new as can be.
+	Late When = "late"
+	// Early takes the instant at once, and copies afterwards what is dirty, on a guard: the image is of the moment it was asked for.
+	Early When = "early"
+)
+
 // Options say how a checkpoint is taken. Name must be set; everything else has a default.
 type Options struct {
 	Name        string            // of the image
 	Mode        Mode              // default Auto
+	Instant     When              // default Late
 	Compression image.Compression // its zero value stores pages as they are
 
 	// Parent names the image that an increment is made on. Default: the image that tracking counts from, else the newest
@@ -89,20 +100,25 @@ type Hooks struct {
 // Step names a point in the course of a checkpoint.
 type Step string
 
-// The steps, in order. Those from Harvested to Copied come once a round.
+// The steps, in order. Those from Harvested to Copied come once a round; Lent, Guarded, Kept, Taken and Unguarded only where something is guarded.
 const (
 	StepBegun       Step = "begun"        // nothing was touched yet
 	StepInvalidated Step = "invalidated"  // the session record is invalid, and synced so
 	StepHarvested   Step = "harvested"    // a live harvest has re-armed
 	StepBarrier     Step = "barrier"      // the machine stood still for the drained pause, and runs again
 	StepCopied      Step = "copied"       // what was harvested live is copied
+	StepLent        Step = "lent"         // what is to be guarded is out of tracking
+	StepGuarded     Step = "guarded"      // the guest's writes there wait for the guard
 	StepArmed       Step = "armed"        // the leash is ready, the command not sent
 	StepSent        Step = "command sent" // QEMU stops the machine at any moment
 	StepHeld        Step = "held"
 	StepScanned     Step = "scanned"
+	StepKept        Step = "kept" // from now on the guard copies a page before it lets it go
 	StepResidue     Step = "residue copied"
 	StepRearmed     Step = "rearmed"  // tracking counts from the instant on
 	StepReleased    Step = "released" // the machine runs again
+	StepTaken       Step = "taken"    // what was guarded is copied, the guard still there
+	StepUnguarded   Step = "unguarded"
 	StepSealing     Step = "sealing"
 	StepSealed      Step = "sealed" // the image is there, the record still invalid
 	StepRecorded    Step = "recorded"
@@ -110,13 +126,16 @@ const (
 
 // Steps are all steps in order.
 var Steps = []Step{
-	StepBegun, StepInvalidated, StepHarvested, StepBarrier, StepCopied, StepArmed, StepSent, StepHeld, StepScanned,
-	StepResidue, StepRearmed, StepReleased, StepSealing, StepSealed, StepRecorded,
+	StepBegun, StepInvalidated, StepHarvested, StepBarrier, StepCopied, StepLent, StepGuarded, StepArmed, StepSent, StepHeld, StepScanned,
+	StepKept, StepResidue, StepRearmed, StepReleased, StepTaken, StepUnguarded, StepSealing, StepSealed, StepRecorded,
 }
 
 func (o Options) withDefaults() Options {
 	if o.Mode == "" {
 		o.Mode = Auto
+	}
+	if o.Instant == "" {
+		o.Instant = Late
 	}
 	if o.RecordDir == "" {
 		o.RecordDir = dirty.DefaultRecordDir

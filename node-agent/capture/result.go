@@ -34,6 +34,7 @@ type Result struct {
 	Attempts int           `json:"attempts"` // at the instant; 1 where the first one held
 
 	Harvest HarvestReport    `json:"harvest"`
+	Guard   *GuardReport     `json:"guard,omitempty"` // of the last attempt that had one
 	Pages   image.PageCounts `json:"pages,omitzero"`
 }
 
@@ -79,6 +80,14 @@ type HarvestReport struct {
 	Live      uint64 `json:"live"`      // copied with the guest running
 	Residue   uint64 `json:"residue"`   // copied in the hold
 	Rounds    int    `json:"rounds"`    // of copying with the guest running
+}
+
+// GuardReport is what was copied after the instant, the guest running: see [guard.Guard].
+type GuardReport struct {
+	Areas  int    `json:"areas"`  // of memory
+	Pages  uint64 `json:"pages"`  // in them
+	Faults uint64 `json:"faults"` // writes of the guest's that waited
+	Caught uint64 `json:"caught"` // pages that were copied because the guest was about to write them
 }
 
 // Progress is where a checkpoint stands.

@@ -70,7 +70,7 @@ func (c *capture) round(ctx context.Context) error {
 		return err
 	}
 	c.report.phase("copying", pages.Count())
-	if err := c.copyPages(ctx, pages, c.writer.Batch, c.writer.Submit); err != nil {
+	if err := c.copyPages(ctx, pages, c.writer.Batch, c.writer.Submit, c.fill); err != nil {
 		return err
 	}
 	c.copied.Union(pages)

@@ -37,6 +37,7 @@ import (
 type PageTables struct {
 	blocks  []Block
 	tracked []*evict.Memory // nil for blocks that this source does not cover
+	lent    Sets            // pages that a guard has: what is written to them does not show, see [Session.Lend]
 	pagemap scanner
 	uffd    registrar
 	maps    func([]pagetable.Range) ([]pagetable.Mapping, error)
@@ -116,20 +117,25 @@ func (t *PageTables) HarvestStanding(ctx context.Context, still Standstill) (*St
 	if err != nil {
 		return nil, err
 	}
-	found.rearm = func(ctx context.Context) (Sets, error) { return t.protect(ctx, found.Written, found.Holes) }
+	found.rearm = func(ctx context.Context) (Sets, error) {
+		own := found.Written.Clone()
+		own.Subtract(t.lent)
+		return t.protect(ctx, own, found.Holes)
+	}
 	return found, nil
 }
 
 // look reads the state of every page and changes nothing.
 func (t *PageTables) look(ctx context.Context) (*Standing, error) {
-	found := &Standing{Written: make(Sets, len(t.blocks)), Holes: make(Sets, len(t.blocks))}
+	found := &Standing{Written: make(Sets, len(t.blocks)), Holes: make(Sets, len(t.blocks)), Guarded: make(Sets, len(t.blocks))}
 	for i, b := range t.blocks {
 		memory := t.tracked[i]
 		if memory == nil {
 			continue
 		}
-		w, holes := pageset.New(b.Pages()), pageset.New(b.Pages())
-		found.Written[i], found.Holes[i] = w, holes
+		w, holes, guarded := pageset.New(b.Pages()), pageset.New(b.Pages()), pageset.New(b.Pages())
+		found.Written[i], found.Holes[i], found.Guarded[i] = w, holes, guarded
+		own := cut(without([]span{{b.HVA, b.End()}}, b, t.lent[i]), lookSpanBytes, lookSpanBytes)
 		args := pagetable.ScanArgs{
 			// Without this the kernel passes over memory that is not tracked as if nothing had been written there.
 			CheckAsync: true,
@@ -138,11 +144,24 @@ func (t *PageTables) look(ctx context.Context) (*Standing, error) {
 			CategoryAnyOf:    written | pagetable.CategoryPresent,
 			ReturnMask:       written | populated,
 		}
-		err := t.scan(ctx, cut([]span{{b.HVA, b.End()}}, lookSpanBytes, lookSpanBytes), args, func(r pagetable.Region) error {
+		err := t.scan(ctx, own, args, func(r pagetable.Region) error {
 			return classify(memory, b.run(r.Start, r.End), r.Categories, w.Add, holes.Add)
 		})
 		if err != nil {
 			return nil, t.untracked("look for written pages of", b, err)
+		}
+		// Whatever is populated there may have been written since it was lent. A guard's protection shows as tracking's does.
+		args = pagetable.ScanArgs{ReturnMask: written | populated}
+		lent := cut(spansOf(b, t.lent[i]), lookSpanBytes, lookSpanBytes)
+		err = t.scan(ctx, lent, args, func(r pagetable.Region) error {
+			run := b.run(r.Start, r.End)
+			if r.Categories&populated != 0 && r.Categories&written == 0 {
+				guarded.Add(run)
+			}
+			return classify(memory, run, r.Categories|written, w.Add, holes.Add)
+		})
+		if err != nil {
+			return nil, fmt.Errorf("look at the guarded pages of block %s: %w", b.Name, err)
 		}
 	}
 	return found, t.mapped()
@@ -234,7 +253,7 @@ func (t *PageTables) protect(ctx context.Context, sets, holes Sets) (Sets, error
 		fast := args
 		fast.CategoryAnyOf = 0
 		var full, rest []span
-		for _, s := range protectSpans(b, sets[i], align, max(spanMaxBytes, align)) {
+		for _, s := range without(protectSpans(b, sets[i], align, max(spanMaxBytes, align)), b, t.lent[i]) {
 			if holes != nil && t.tracked[i].Backing == evict.Anonymous && !holes[i].Overlaps(b.run(s.start, s.end)) {
 				full = append(full, s)
 			} else {

@@ -56,6 +56,7 @@ type Session struct {
 	pagemap *pagetable.Pagemap
 	uffd    *pagetable.Userfaultfd
 	memory  []*evict.Memory
+	lent    Sets // to a guard
 
 	noTracking error // why this kernel or process allows none
 }
@@ -304,7 +305,8 @@ func (s *Session) track(ctx context.Context) error {
 	}
 	s.record.Tracked = names // on the disk with the next write, which comes before the record can be valid for them
 	pid := s.process.PID
-	pages := &PageTables{blocks: s.blocks, tracked: tracked, pagemap: s.pagemap, uffd: s.uffd,
+	s.lent = NewSets(s.blocks)
+	pages := &PageTables{blocks: s.blocks, tracked: tracked, lent: s.lent, pagemap: s.pagemap, uffd: s.uffd,
 		maps: func(within []pagetable.Range) ([]pagetable.Mapping, error) { return pagetable.MapsWithin(pid, within) }}
 	hash := &ContentHash{blocks: s.blocks, covered: covered, pagemap: s.pagemap}
 	s.Union = NewUnion(s.blocks, s.pending, s.Invalidate, pages, hash)

@@ -43,6 +43,9 @@ func (s Sets) Union(o Sets) { s.combine(o, (*pageset.Set).Union) }
 // Subtract takes the members of o out.
 func (s Sets) Subtract(o Sets) { s.combine(o, (*pageset.Set).Subtract) }
 
+// Intersect takes out what o has not.
+func (s Sets) Intersect(o Sets) { s.combine(o, (*pageset.Set).Intersect) }
+
 func (s Sets) combine(o Sets, op func(*pageset.Set, *pageset.Set)) {
 	if len(s) != len(o) {
 		panic("dirty: sets of two layouts combined")

@@ -51,6 +51,9 @@ type Standing struct {
 	// both.
 	Holes Sets
 
+	// Guarded are the pages that a guard protects: nobody has written them since it does. They are in Written too. Nil sets as there.
+	Guarded Sets
+
 	// rearm starts tracking over from the standstill, and reports all that it re-armed. It has to be called in the same
 	// standstill or not at all: not calling it is safe, the pages are reported once more.
 	rearm func(ctx context.Context) (rearmed Sets, err error)

@@ -50,3 +50,36 @@ func cut(spans []span, align, limit uint64) []span {
 	}
 	return out
 }
+
+// spansOf returns the ranges of a set's runs.
+func spansOf(b Block, set *pageset.Set) []span {
+	var spans []span
+	for r := range set.Runs() {
+		spans = append(spans, span{b.HVA + r.First*pageset.PageBytes, b.HVA + r.End()*pageset.PageBytes})
+	}
+	return spans
+}
+
+// without returns what is left of ascending spans without the pages of set.
+func without(spans []span, b Block, set *pageset.Set) []span {
+	holes := spansOf(b, set)
+	var out []span
+	for _, s := range spans {
+		for len(holes) > 0 && holes[0].end <= s.start {
+			holes = holes[1:]
+		}
+		for _, h := range holes {
+			if h.start >= s.end {
+				break
+			}
+			if s.start < h.start {
+				out = append(out, span{s.start, h.start})
+			}
+			s.start = min(h.end, s.end)
+		}
+		if s.start < s.end {
+			out = append(out, s)
+		}
+	}
+	return out
+}

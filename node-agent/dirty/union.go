@@ -176,6 +176,8 @@ type Instant struct {
 	// Holes read as zeros at this instant. They are the truth for the whole of every block, whatever the parent has
 	// there: a page may be in Pages and in Holes, and is zero then.
 	Holes Sets
+	// Guarded are those of the pages that a guard protects: they need not be copied in the standstill.
+	Guarded Sets
 
 	union  *Union
 	number uint64
@@ -186,7 +188,7 @@ type Instant struct {
 // HarvestStanding takes the truth of a standstill and changes nothing. The call begins and ends in the standstill, or
 // it fails.
 func (u *Union) HarvestStanding(ctx context.Context, still Standstill) (*Instant, error) {
-	in := &Instant{union: u, still: still, Holes: NewSets(u.blocks), rearm: make([]func(context.Context) (Sets, error), len(u.sources))}
+	in := &Instant{union: u, still: still, Holes: NewSets(u.blocks), Guarded: NewSets(u.blocks), rearm: make([]func(context.Context) (Sets, error), len(u.sources))}
 	told := make([]bool, len(u.blocks)) // some source knows the block's holes
 	next := 0
 	in.Harvest = *u.collect(func(s Source) (Sets, error) {
@@ -206,6 +208,9 @@ func (u *Union) HarvestStanding(ctx context.Context, still Standstill) (*Instant
 				told[b] = true
 				in.Holes[b].Union(holes)
 			}
+		}
+		if found.Guarded != nil {
+			in.Guarded.Union(found.Guarded)
 		}
 		return found.Written, nil
 	})

@@ -52,9 +52,16 @@ const (
 	startBound = 2 * time.Second
 )
 
-// Main plays the holder's part if this process was started as one, and does not return then. It must be called first in
-// main, and in TestMain of whatever uses a leash.
+// Main plays the part of a leash's holder or a guard's keeper if this process was started as one, and does not return then. It must be called
+// first in main, and in TestMain of whatever uses them.
 func Main() {
+	if value, ok := os.LookupEnv(keeperVariable); ok {
+		if err := keep(value); err != nil && !errors.Is(err, errClosed) {
+			fmt.Fprintln(os.Stderr, "vmckpt: guard:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	value, ok := os.LookupEnv(holderVariable)
 	if !ok {
 		return

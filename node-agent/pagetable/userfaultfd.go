@@ -1,6 +1,7 @@
 package pagetable
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -26,6 +27,7 @@ const (
 	FeatureWPUnpopulated     Features = 1 << 13 // holes can be protected (costs huge pages later)
 	FeatureWPAsync           Features = 1 << 15 // faults are resolved by the kernel: dirty tracking, Linux 6.7; implies FeatureWPUnpopulated
 	FeaturesAsyncWriteTracks          = FeaturePagefaultFlagWP | FeatureWPHugetlbfsShmem | FeatureWPAsync
+	FeaturesGuard                     = FeaturePagefaultFlagWP | FeatureWPHugetlbfsShmem // writers wait until somebody lets them go on
 )
 
 // Mode says what a range is registered for: UFFDIO_REGISTER_MODE_*, include/uapi/linux/userfaultfd.h.
@@ -134,4 +136,63 @@ func ioctl(f *os.File, request uintptr, arg unsafe.Pointer) error {
 		return errno
 	}
 	return nil
+}
+
+// Fault is one that a thread waits in until somebody answers it.
+type Fault struct {
+	Address      uint64 // of the page
+	WriteProtect bool   // on a write to a protected page; else on a missing or a minor one
+}
+
+// From include/uapi/linux/userfaultfd.h.
+const (
+	messageBytes    = 32     // struct uffd_msg
+	eventPagefault  = 0x12   // UFFD_EVENT_PAGEFAULT
+	pagefaultFlagWP = 1 << 1 // UFFD_PAGEFAULT_FLAG_WP
+)
+
+// FaultBuffer is what [Userfaultfd.Faults] reads into.
+type FaultBuffer struct {
+	raw    [64 * messageBytes]byte
+	faults [64]Fault
+}
+
+// Faults returns the faults that nobody has read yet, up to 64, valid until the next call with the same buffer; none where there are none. The
+// file has to be non-blocking.
+func (u Userfaultfd) Faults(buf *FaultBuffer) ([]Fault, error) {
+	conn, err := u.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var n int
+	var readErr error
+	if err := conn.Control(func(fd uintptr) {
+		for {
+			if n, readErr = unix.Read(int(fd), buf.raw[:]); readErr != unix.EINTR {
+				return
+			}
+		}
+	}); err != nil {
+		return nil, err
+	}
+	switch {
+	case readErr == unix.EAGAIN:
+		return nil, nil
+	case readErr != nil:
+		return nil, fmt.Errorf("userfaultfd: read faults: %w", readErr)
+	case n%messageBytes != 0:
+		return nil, fmt.Errorf("userfaultfd: read faults: %d bytes, which is no whole number of messages", n)
+	}
+	faults := buf.faults[:n/messageBytes]
+	for i := range faults {
+		m := buf.raw[i*messageBytes:][:messageBytes]
+		if m[0] != eventPagefault {
+			return nil, fmt.Errorf("userfaultfd: an event of kind %#x, which was not asked for", m[0])
+		}
+		faults[i] = Fault{
+			WriteProtect: binary.NativeEndian.Uint64(m[8:])&pagefaultFlagWP != 0,
+			Address:      binary.NativeEndian.Uint64(m[16:]),
+		}
+	}
+	return faults, nil
 }

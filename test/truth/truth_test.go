@@ -40,6 +40,8 @@ type bench struct {
 	tracked bool   // the page tables tell of all its memory what is written to it
 	balloon uint64 // bytes that the balloon leaves the guest
 	judged  int    // random instants
+	guarded int    // of those, with memory on a guard
+	caught  uint64 // pages that the guest was about to write then
 }
 
 // newBench starts a machine. Everything that is random comes from the flag's seed and the test's name.
@@ -142,7 +144,7 @@ func (b *bench) run(ctx context.Context, n int, before func(i int)) {
 		sources[fmt.Sprintf("%q", result.Source)]++
 		b.judged++
 	}
-	b.t.Logf("%d instants by source: %v", n, sources)
+	b.t.Logf("%d instants by source: %v; so far %d with a guard, which caught %d pages", n, sources, b.guarded, b.caught)
 }
 
 // instant takes a checkpoint at a random moment and judges it.
@@ -156,6 +158,14 @@ func (b *bench) instant(ctx context.Context, k kind) *capture.Result {
 		wrote = b.untilWritten(ctx)
 	}
 	o := b.Options()
+	switch b.rng.IntN(4) {
+	case 0:
+		o.Instant = capture.Early
+	case 1: // all that can be is guarded
+		o.Instant, o.ResidueBudget = capture.Early, time.Microsecond
+	case 2:
+		o.ResidueBudget = time.Microsecond
+	}
 	source, parent := byPageTables, last
 	switch k {
 	case full:
@@ -177,6 +187,10 @@ func (b *bench) instant(ctx context.Context, k kind) *capture.Result {
 	}
 	result, img := b.Capture(ctx, o)
 	b.Judge(ctx, result, img)
+	if result.Guard != nil {
+		b.guarded++
+		b.caught += result.Guard.Caught
+	}
 	if result.Source != source || result.Parent != parent {
 		b.t.Errorf("image %s was made on %q by %q (%s); want on %q by %q", o.Name, result.Parent, result.Source, result.Why, parent, source)
 	}

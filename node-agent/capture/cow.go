@@ -1,0 +1,421 @@
+package capture
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/vmckpt/vmckpt/image"
+	"github.com/vmckpt/vmckpt/image/pageset"
+	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/guard"
+	"github.com/vmckpt/vmckpt/node-agent/inject"
+	"github.com/vmckpt/vmckpt/node-agent/pagetable"
+)
+
+const (
+	// guardAlignBytes is what guarded areas are widened to, so that huge pages stay whole and areas few.
+	guardAlignBytes = 2 << 20
+
+	// guardPageBytes is the largest page that a guest's write may wait for to be copied whole.
+	guardPageBytes = 2 << 20
+
+	// guardBlockPages is how many pages a block has at the least to be worth a guard; smaller ones are copied in the hold.
+	guardBlockPages = 256
+
+	// maxAreas is how many areas are guarded at the most. Each may split one mapping into three.
+	maxAreas = 1024
+)
+
+// endBound is how long lifting a guard may take before it is left to the kernel.
+const endBound = 5 * time.Second
+
+// errUnguarded says that a guarded page was changed past the guard.
+var errUnguarded = errors.New("memory was changed past the guard")
+
+// cow is the copy-on-write of one attempt: what is dirty and too much for the hold is guarded before it, and copied after it while the guest
+// runs.
+type cow struct {
+	c     *capture
+	guard *guard.Guard
+	lent  dirty.Sets // to the guard
+
+	// guarded are the pages to be copied after the hold; taken those that were, by whoever came first.
+	guarded dirty.Sets
+	mu      sync.Mutex
+	taken   dirty.Sets
+	caught  uint64 // of those, taken from the ring
+
+	ctx      context.Context // of the copying; ends where draining fails
+	cancel   context.CancelCauseFunc
+	draining bool
+	drained  chan struct{} // closed when draining has ended
+	ended    bool
+}
+
+// toGuard are the pages that the hold has no time to copy: what is dirty and populated, and not copied since. Nil where they fit it.
+func (c *capture) toGuard(ctx context.Context) (dirty.Sets, error) {
+	written, err := c.session.Written(ctx)
+	if err != nil {
+		return nil, err
+	}
+	pages := c.session.Pending()
+	pages.Subtract(c.copied)
+	pages.Union(written)
+	untracked := c.session.Untracked()
+	for i, memory := range c.session.Memory() {
+		b := c.blocks[i]
+		if untracked[i] != nil || b.HostPageBytes > guardPageBytes || b.Pages() < guardBlockPages {
+			pages[i].Clear()
+			continue
+		}
+		holes, err := memory.Unpopulated(ctx, c.pagemap)
+		if err != nil {
+			return nil, fmt.Errorf("block %s: %w", b.Name, err)
+		}
+		pages[i].Subtract(holes)
+	}
+	if pages.Count() <= c.o.budgetPages() {
+		return nil, nil
+	}
+	limit, err := areaLimit(c.target.Process.PID)
+	if err != nil {
+		return nil, err
+	}
+	return widen(c.blocks, pages, limit), nil
+}
+
+// areaLimit is how many areas of a process may be guarded: a quarter of the mappings that it may have are ours at the most, and only of those
+// that it does not have yet. A process that has no more left dies.
+func areaLimit(pid int) (int, error) {
+	const name = "/proc/sys/vm/max_map_count"
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return 0, err
+	}
+	most, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	mappings, err := pagetable.Maps(pid)
+	if err != nil {
+		return 0, err
+	}
+	return min(maxAreas, most/8, (most-len(mappings))/4), nil
+}
+
+// widen gives areas of guardAlignBytes that hold all the pages, limit of them at the most: the gaps between neighbours are filled from the
+// smallest on.
+func widen(blocks []dirty.Block, pages dirty.Sets, limit int) dirty.Sets {
+	wide := dirty.NewSets(blocks)
+	type gap struct {
+		block int
+		pageset.Run
+	}
+	var gaps []gap
+	areas := 0
+	for i, b := range blocks {
+		const alignPages = guardAlignBytes / pageset.PageBytes
+		shift := b.HVA / pageset.PageBytes % alignPages // of the block's first page within its aligned area
+		for r := range pages[i].Runs() {
+			first := (r.First + shift) / alignPages * alignPages
+			end := (r.End() + shift + alignPages - 1) / alignPages * alignPages
+			from, to := first-min(shift, first), min(end-shift, b.Pages())
+			wide[i].Add(pageset.Run{First: from, Count: to - from})
+		}
+		var last uint64
+		for r := range wide[i].Runs() {
+			if areas++; last != 0 {
+				gaps = append(gaps, gap{i, pageset.Run{First: last, Count: r.First - last}})
+			}
+			last = r.End()
+		}
+	}
+	slices.SortFunc(gaps, func(a, b gap) int { return cmp.Compare(a.Count, b.Count) })
+	for _, g := range gaps[:min(max(0, areas-limit), len(gaps))] {
+		wide[g.block].Add(g.Run)
+	}
+	return wide
+}
+
+// ranges are the addresses of sets of pages.
+func (c *capture) ranges(sets dirty.Sets) []guard.Range {
+	var ranges []guard.Range
+	for i, set := range sets {
+		for r := range set.Runs() {
+			ranges = append(ranges, rangeOf(c.blocks[i], r))
+		}
+	}
+	return ranges
+}
+
+// rangeOf are the addresses of a run of a block's pages.
+func rangeOf(b dirty.Block, r pageset.Run) guard.Range {
+	return guard.Range{Start: b.HVA + r.First*pageset.PageBytes, End: b.HVA + r.End()*pageset.PageBytes}
+}
+
+// arm guards what the hold has no time to copy, with the guest running; nil where that is nothing. The guard lets every page go at once until
+// the instant.
+func (c *capture) arm(ctx context.Context) (_ *cow, err error) {
+	pages, err := c.toGuard(ctx)
+	if err != nil || pages == nil {
+		return nil, err
+	}
+	begin := time.Now()
+	w := &cow{c: c, lent: pages, taken: dirty.NewSets(c.blocks), drained: make(chan struct{})}
+	w.ctx, w.cancel = context.WithCancelCause(ctx)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.end())
+		}
+	}()
+	uffd, err := c.syncUserfaultfd(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer uffd.Close()
+	if err := c.session.Lend(ctx, pages); err != nil {
+		return nil, err
+	}
+	c.o.step(StepLent)
+	o := guard.CopyOnWrite{PID: c.target.Process.PID, Userfaultfd: uffd.File}
+	for i, b := range c.blocks {
+		for r := range pages[i].Runs() {
+			o.Areas = append(o.Areas, guard.Area{Range: rangeOf(b, r), PageBytes: b.HostPageBytes})
+		}
+	}
+	if w.guard, err = o.Start(ctx); err != nil {
+		return nil, err
+	}
+	c.result.Guard = &GuardReport{Areas: len(o.Areas), Pages: pages.Count()}
+	if err := w.guard.Protect(ctx, c.ranges(pages)); err != nil {
+		return nil, err
+	}
+	c.result.phase("guard", begin)
+	c.o.step(StepGuarded)
+	return w, nil
+}
+
+// syncUserfaultfd makes a userfaultfd for synchronous faults in the machine's process, which it is not open in any more when this returns.
+func (c *capture) syncUserfaultfd(ctx context.Context) (*pagetable.Userfaultfd, error) {
+	pid := c.target.Process.PID
+	remote, local, err := inject.NewSyncUserfaultfd(ctx, pid)
+	if err != nil {
+		return nil, fmt.Errorf("make the guard's userfaultfd: %w", err)
+	}
+	uffd := &pagetable.Userfaultfd{File: local}
+	_, err = uffd.API(pagetable.FeaturesGuard)
+	// With another descriptor of it in the machine's process the guard would outlive its keeper, and the guest wait for nobody.
+	if err = errors.Join(err, inject.CloseFD(ctx, pid, remote)); err != nil {
+		uffd.Close()
+		return nil, fmt.Errorf("make the guard's userfaultfd: %w", err)
+	}
+	return uffd, nil
+}
+
+// begin is called in the hold: what is guarded is to be as it is now. It takes from the residue what need not be copied in the hold.
+func (w *cow) begin(ctx context.Context, instant *dirty.Instant, residue dirty.Sets) error {
+	w.guarded = instant.Guarded.Clone()
+	if err := w.guard.Instant(ctx); err != nil {
+		return err
+	}
+	residue.Subtract(w.guarded)
+	if residue.Count() > w.c.o.budgetPages() {
+		// Written since the guard was armed, and let go. To protect a page again takes about as long as to copy it, and no buffer.
+		again := residue.Clone()
+		again.Intersect(w.lent)
+		if err := w.guard.Protect(ctx, w.c.ranges(again)); err != nil {
+			return err
+		}
+		w.guarded.Union(again)
+		residue.Subtract(again)
+	}
+	go w.drain()
+	w.draining = true
+	return nil
+}
+
+// drainPause is how long pages may gather in the ring before they are taken out, so that they come in batches.
+const drainPause = 2 * time.Millisecond
+
+// drain takes the pages that the guest was about to write out of the ring, until it is told to stop or the guard is gone. Its error ends the
+// attempt.
+func (w *cow) drain() {
+	defer close(w.drained)
+	for {
+		if err := w.guard.Wait(); err != nil {
+			w.cancel(err)
+			return
+		}
+		if w.guard.Filled() < image.BatchPages {
+			time.Sleep(drainPause)
+		}
+		if err := w.empty(); err != nil {
+			w.cancel(err)
+			return
+		}
+	}
+}
+
+// empty takes out what is in the ring.
+func (w *cow) empty() error {
+	for {
+		n, err := w.guard.Drain(image.BatchPages, w.store)
+		if n == 0 || err != nil {
+			return err
+		}
+	}
+}
+
+// store puts pages from the ring into the image, but for those that were copied already.
+func (w *cow) store(pages []guard.Page) error {
+	slices.SortFunc(pages, func(a, b guard.Page) int { return cmp.Compare(a.Address, b.Address) })
+	for i, b := range w.c.blocks {
+		var batch *image.Batch
+		for _, p := range pages {
+			if p.Address < b.HVA || p.Address >= b.End() {
+				continue
+			}
+			page := (p.Address - b.HVA) / pageset.PageBytes
+			if !w.take(i, page) {
+				continue
+			}
+			w.caught++
+			if omit := w.c.o.Hooks.Omit; omit != nil && omit(i, page) {
+				continue
+			}
+			if batch == nil {
+				var err error
+				if batch, err = w.c.writer.Batch(w.ctx); err != nil {
+					return err
+				}
+				batch.Block, batch.Pages, batch.Data = i, batch.Pages[:0], batch.Data[:0]
+			}
+			batch.Pages, batch.Data = append(batch.Pages, page), append(batch.Data, p.Content...)
+		}
+		if batch != nil {
+			w.c.report.add(uint64(len(batch.Pages)))
+			w.c.writer.Submit(batch)
+		}
+	}
+	return nil
+}
+
+// take says whether a guarded page is the caller's to store: once.
+func (w *cow) take(block int, page uint64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.guarded[block].Has(page) || w.taken[block].Has(page) {
+		return false
+	}
+	w.taken[block].Add(pageset.Run{First: page, Count: 1})
+	return true
+}
+
+// copy copies what is guarded, the guest running, and returns when all of it is in the image.
+func (w *cow) copy() error {
+	c := w.c
+	begin := time.Now()
+	c.report.phase("copying", w.guarded.Count())
+	// What the guest is about to write comes by the ring meanwhile.
+	if err := c.copyPages(w.ctx, w.guarded, c.writer.Batch, c.writer.Submit, w.fill); err != nil {
+		return errors.Join(err, context.Cause(w.ctx))
+	}
+	c.o.step(StepTaken)
+	if err := w.guard.Flush(w.ctx); err != nil {
+		return err
+	}
+	w.stop()
+	if err := w.empty(); err != nil {
+		return err
+	}
+	missing := w.guarded.Clone()
+	missing.Subtract(w.taken)
+	for i, set := range missing {
+		for r := range set.Runs() {
+			return fmt.Errorf("%w: %d pages, first page %#x of block %s", errUnguarded, missing.Count(), r.First, c.blocks[i].Name)
+		}
+	}
+	c.result.phase("copy on write", begin)
+	return nil
+}
+
+// fill reads a piece of guarded memory into a batch. What is not protected any more afterwards, or never was, comes by the ring.
+func (w *cow) fill(b *image.Batch, p piece) error {
+	c := w.c
+	if err := c.fill(b, p); err != nil {
+		return err
+	}
+	block := c.blocks[p.block]
+	still := pageset.New(block.Pages())
+	var ranges []guard.Range
+	for _, run := range p.runs {
+		r := rangeOf(block, run)
+		ranges = append(ranges, r)
+		const populated = pagetable.CategoryPresent | pagetable.CategorySwapped
+		args := pagetable.ScanArgs{
+			Start: r.Start, End: r.End,
+			CategoryInverted: pagetable.CategoryWritten, CategoryMask: pagetable.CategoryWritten, CategoryAnyOf: populated,
+			ReturnMask: pagetable.CategoryWritten,
+		}
+		err := c.pagemap.Scan(args, func(r pagetable.Region) error {
+			still.Add(pageset.Run{First: (r.Start - block.HVA) / pageset.PageBytes, Count: (r.End - r.Start) / pageset.PageBytes})
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("see whether pages of block %s are guarded: %w", block.Name, err)
+		}
+	}
+	kept := 0
+	for i, page := range b.Pages {
+		if !still.Has(page) || !w.take(p.block, page) {
+			continue
+		}
+		if kept != i {
+			copy(b.Data[kept*pageset.PageBytes:], b.Data[i*pageset.PageBytes:][:pageset.PageBytes])
+		}
+		b.Pages[kept] = page
+		kept++
+	}
+	b.Pages, b.Data = b.Pages[:kept], b.Data[:kept*pageset.PageBytes]
+	return w.guard.Taken(ranges)
+}
+
+// stop ends draining.
+func (w *cow) stop() {
+	if w.draining {
+		w.guard.StopWaiting()
+		<-w.drained
+		w.draining = false
+	}
+}
+
+// end lets everything go and puts it under tracking again. It may be called more than once.
+func (w *cow) end() error {
+	if w.ended {
+		return nil
+	}
+	w.ended = true
+	w.cancel(errEnded)
+	var err error
+	if w.guard != nil {
+		w.stop()
+		// Whether or not the worker is to go on, the guest is not to wait for the kernel to lift it all at once.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), endBound)
+		defer cancel()
+		if err = w.guard.End(ctx); errors.Is(err, guard.ErrDropped) {
+			err = nil // it has ended by itself
+		}
+		w.c.result.Guard.Faults += w.guard.Faults()
+		w.c.result.Guard.Caught += w.caught
+		w.guard.Close()
+	}
+	return errors.Join(err, w.c.session.TakeBack())
+}
