@@ -185,7 +185,7 @@ func (c *capture) arm(ctx context.Context) (_ *cow, err error) {
 		return nil, err
 	}
 	c.o.step(StepLent)
-	o := guard.CopyOnWrite{PID: c.target.Process.PID, Userfaultfd: uffd.File}
+	o := guard.CopyOnWrite{PID: c.target.Process.PID, Userfaultfd: uffd.File, WriteBound: c.o.WriteBound}
 	for i, b := range c.blocks {
 		for r := range pages[i].Runs() {
 			o.Areas = append(o.Areas, guard.Area{Range: rangeOf(b, r), PageBytes: b.HostPageBytes})

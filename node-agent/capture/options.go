@@ -6,6 +6,7 @@ import (
 
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
+	"github.com/vmckpt/vmckpt/node-agent/guard"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 )
 
@@ -67,6 +68,10 @@ type Options struct {
 	// PauseBound is how long it may be held where the guest writes faster than its memory can be copied, so that the
 	// residue stays beyond its budget; default 5 s. It is for guests that cannot be captured otherwise.
 	PauseBound time.Duration
+
+	// WriteBound is how long a write of the guest's may wait for memory that is guarded, see [Early]; default 50 ms. Past it the guard is given
+	// up, and the attempt lost.
+	WriteBound time.Duration
 
 	// Attempts is how often the instant is tried, since devices may come and go and the holder may be killed; default 5.
 	Attempts int
@@ -148,6 +153,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.PauseBound == 0 {
 		o.PauseBound = 5 * time.Second
+	}
+	if o.WriteBound == 0 {
+		o.WriteBound = guard.DefaultWriteBound
 	}
 	if o.Attempts == 0 {
 		o.Attempts = 5

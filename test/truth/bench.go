@@ -82,8 +82,9 @@ func (b *Bench) Options() capture.Options {
 	b.n++
 	return capture.Options{
 		Name: fmt.Sprintf("i%03d", b.n), RecordDir: b.RecordDir, Compression: image.S2,
-		HoldBound: 10 * time.Second, // reading everything takes its time
-		Hooks:     capture.Hooks{Held: b.Oracle.Look},
+		HoldBound:  10 * time.Second, // reading everything takes its time
+		WriteBound: 5 * time.Second,  // whatever else this machine is busy with
+		Hooks:      capture.Hooks{Held: b.Oracle.Look},
 	}
 }
 
