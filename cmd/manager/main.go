@@ -93,7 +93,7 @@ func run(ctx context.Context, o *options) error {
 	if err != nil {
 		return err
 	}
-	if err := (&checkpoint.Reconciler{Client: manager.GetClient(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
+	if err := (&checkpoint.Reconciler{Client: manager.GetClient(), Live: manager.GetAPIReader(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
 		return err
 	}
 	if err := (&restore.Reconciler{Client: manager.GetClient(), Live: manager.GetAPIReader(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
