@@ -83,7 +83,7 @@ func TestRefused(t *testing.T) {
 	r.claim("claim", "")
 	r.instance("vm", func(vmi *kubevirtv1.VirtualMachineInstance) {
 		d := &vmi.Spec.Domain
-		d.Devices.HostDevices = []kubevirtv1.HostDevice{{Name: "card", DeviceName: "vendor/card"}}
+		d.Devices.HostDevices = []kubevirtv1.HostDevice{{Name: "card", DeviceName: "vendor/card"}, {Name: "stick", DeviceName: "vendor/usb-stick"}}
 		d.Devices.GPUs = []kubevirtv1.GPU{{Name: "gpu", DeviceName: "vendor/gpu"}}
 		d.Devices.Interfaces = []kubevirtv1.Interface{{Name: "fast", InterfaceBindingMethod: kubevirtv1.InterfaceBindingMethod{SRIOV: &kubevirtv1.InterfaceSRIOV{}}}}
 		d.Devices.Filesystems = []kubevirtv1.Filesystem{{Name: "share", Virtiofs: &kubevirtv1.FilesystemVirtiofs{}}}
@@ -91,7 +91,10 @@ func TestRefused(t *testing.T) {
 	})
 	c := r.checkpoint("first", nil)
 	r.says(c, vmckptv1.ReasonRefused, "cannot be captured truly")
-	for _, part := range []string{"host devices", "GPUs", "interface fast is SR-IOV", "file system share is shared by virtiofs", "encrypted by the processor"} {
+	for _, part := range []string{
+		"host device card is hardware of the node (vendor/card)", "host device stick is hardware of the node (vendor/usb-stick)",
+		"GPU gpu is hardware of the node (vendor/gpu)", "interface fast is SR-IOV", "file system share is shared by virtiofs", "encrypted by the processor",
+	} {
 		if !strings.Contains(c.Status.Conditions[0].Message, part) {
 			t.Errorf("%q is not in %q", part, c.Status.Conditions[0].Message)
 		}

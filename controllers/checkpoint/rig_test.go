@@ -24,6 +24,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
+	"github.com/vmckpt/vmckpt/controllers/cached"
 	"github.com/vmckpt/vmckpt/controllers/checkpoint"
 	"github.com/vmckpt/vmckpt/controllers/restore"
 	"github.com/vmckpt/vmckpt/test/apiserver"
@@ -81,7 +82,7 @@ func (r *rig) controllers(election bool) (stop func()) {
 	lease, renew, retry := 3*time.Second, 2*time.Second, 500*time.Millisecond
 	no := true
 	m, err := ctrl.NewManager(server, ctrl.Options{
-		Scheme: r.Scheme(), Metrics: metricsserver.Options{BindAddress: "0"}, Controller: config.Controller{SkipNameValidation: &no},
+		Scheme: r.Scheme(), Cache: cached.Options(), Metrics: metricsserver.Options{BindAddress: "0"}, Controller: config.Controller{SkipNameValidation: &no},
 		LeaderElection: election, LeaderElectionID: "test", LeaderElectionNamespace: r.namespace, LeaderElectionReleaseOnCancel: true,
 		LeaseDuration: &lease, RenewDeadline: &renew, RetryPeriod: &retry,
 	})
