@@ -225,7 +225,7 @@ func (r *Reconciler) anyNode(ctx context.Context, c *vmckptv1.VMCheckpoint) (str
 	if v != nil || err != nil {
 		return "", v, err
 	}
-	return claim.AnyNode(ctx, r.Client, claimOf(c), pv)
+	return claim.AnyNode(ctx, r.Client, claimOf(c), pv, c.Status.NodeName)
 }
 
 // restoreFirst lets a restore of the same machine go first, whichever was made first: what it will overwrite is not worth a checkpoint. Nor is what

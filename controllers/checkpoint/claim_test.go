@@ -61,7 +61,14 @@ func TestWokenAtOnce(t *testing.T) {
 	for _, waits := range []client.Object{c, o} {
 		r.says(waits, vmckptv1.ReasonClaim, "has a volume that is gone")
 	}
-	r.volume(pvc, label)
+	another := pvc.DeepCopy()
+	another.UID = "another"
+	pv := r.volume(another, label)
+	for _, waits := range []client.Object{c, o} {
+		r.says(waits, vmckptv1.ReasonClaim, "has a volume that belongs to another claim")
+	}
+	pv.Spec.ClaimRef.UID = pvc.UID
+	r.must(r.Update(t.Context(), pv))
 	for _, waits := range []client.Object{c, o} {
 		r.says(waits, vmckptv1.ReasonClaim, "cannot be reached from node "+n.Name)
 	}

@@ -158,7 +158,7 @@ func (r *rig) claim(name, node string) *corev1.PersistentVolumeClaim {
 }
 
 // volume makes the volume of a claim.
-func (r *rig) volume(pvc *corev1.PersistentVolumeClaim, node string) {
+func (r *rig) volume(pvc *corev1.PersistentVolumeClaim, node string) *corev1.PersistentVolume {
 	r.Helper()
 	pv := &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: pvc.Spec.VolumeName}}
 	pv.Spec.AccessModes, pv.Spec.Capacity = pvc.Spec.AccessModes, pvc.Spec.Resources.Requests
@@ -170,6 +170,7 @@ func (r *rig) volume(pvc *corev1.PersistentVolumeClaim, node string) {
 		}}}}
 	}
 	r.must(r.Create(r.Context(), pv))
+	return pv
 }
 
 func (r *rig) unboundClaim(name string) *corev1.PersistentVolumeClaim {

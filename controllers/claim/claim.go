@@ -50,6 +50,10 @@ func Usable(ctx context.Context, r client.Reader, name types.NamespacedName) (*c
 	} else if err != nil {
 		return nil, nil, fmt.Errorf("read volume %s: %w", pvc.Spec.VolumeName, err)
 	}
+	// A claim says of itself which volume it has; whether it has it says the volume.
+	if ref := pv.Spec.ClaimRef; ref == nil || ref.Namespace != pvc.Namespace || ref.Name != pvc.Name || ref.UID != pvc.UID {
+		return wait("has a volume that belongs to another claim (%s)", pv.Name)
+	}
 	return &pv, nil, nil
 }
 
@@ -96,12 +100,14 @@ func OnNode(name types.NamespacedName, pv *corev1.PersistentVolume, node *corev1
 
 // AnyNode returns a node on which a claim's volume can be used, for work that needs no machine: the same one as long as the nodes are as they are,
 // and one that is being emptied only where there is no other. A verdict with [vmckptv1.ReasonNode] says that there are such nodes, and none is ready.
-func AnyNode(ctx context.Context, r client.Reader, name types.NamespacedName, pv *corev1.PersistentVolume) (string, *verdict.Verdict, error) {
+// Where the work was bound to a node before, that one is gone.
+func AnyNode(ctx context.Context, r client.Reader, name types.NamespacedName, pv *corev1.PersistentVolume, gone string) (string, *verdict.Verdict, error) {
 	var nodes corev1.NodeList
 	if err := r.List(ctx, &nodes, client.HasLabels{kubeVirtSchedulable}); err != nil {
 		return "", nil, fmt.Errorf("list the nodes: %w", err)
 	}
-	if pv.Spec.HostPath != nil && pv.Spec.NodeAffinity == nil && len(nodes.Items) > 1 {
+	// A directory of the only node that there ever was needs no such word.
+	if pv.Spec.HostPath != nil && pv.Spec.NodeAffinity == nil && (len(nodes.Items) > 1 || gone != "") {
 		return "", verdict.Wait(vmckptv1.ReasonClaim, fmt.Sprintf(
 			"claim %v lies on a directory of a node (volume %s, hostPath), and the volume does not say of which: give it nodeAffinity for the node that has the images", name, pv.Name)), nil
 	}

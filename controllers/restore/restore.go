@@ -185,7 +185,7 @@ func (r *Reconciler) bound(ctx context.Context, o *vmckptv1.VMRestore, before *v
 		return false, r.say(ctx, o, before, verdict.Wait(known.Reason, node.Words(known.Message, o.Status.NodeName, state)))
 	case o.Status.StartTime != nil:
 		return false, r.say(ctx, o, before, verdict.Refuse(vmckptv1.ReasonNodeGone, fmt.Sprintf(
-			"node %s is gone, whose agent had begun with it: nobody can say how far it came", o.Status.NodeName)))
+			"node %s is gone, whose agent had begun with it, and nobody can say how far it came: should the virtual machine still be there, restore it again or start it anew", o.Status.NodeName)))
 	}
 	o.Status.NodeName, o.Status.VMIName, o.Status.VMIUID = "", "", ""
 	return true, nil
