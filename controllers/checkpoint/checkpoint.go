@@ -185,7 +185,7 @@ func (r *Reconciler) bound(ctx context.Context, c *vmckptv1.VMCheckpoint) (free 
 // place finds the node for a checkpoint, and the instance that it is of, or what stands against it.
 func (r *Reconciler) place(ctx context.Context, c *vmckptv1.VMCheckpoint) (nodeName string, vmi *kubevirtv1.VirtualMachineInstance, v *verdict.Verdict, err error) {
 	if c.Spec.Import != nil {
-		nodeName, v, err = r.anyNode(ctx, c)
+		nodeName, v, err = r.nodeOfClaim(ctx, c)
 		return nodeName, nil, v, err
 	}
 	if vmi, v, err = vm.Running(ctx, r.Client, c.Namespace, c.Spec.Source); v != nil || err != nil {
@@ -219,8 +219,8 @@ func claimOf(c *vmckptv1.VMCheckpoint) types.NamespacedName {
 	return types.NamespacedName{Namespace: c.Namespace, Name: c.Spec.Storage.ClaimName}
 }
 
-// anyNode finds a node for what needs the claim and no machine.
-func (r *Reconciler) anyNode(ctx context.Context, c *vmckptv1.VMCheckpoint) (string, *verdict.Verdict, error) {
+// nodeOfClaim finds a node for what needs the claim and no machine.
+func (r *Reconciler) nodeOfClaim(ctx context.Context, c *vmckptv1.VMCheckpoint) (string, *verdict.Verdict, error) {
 	pv, v, err := claim.Usable(ctx, r.Client, claimOf(c))
 	if v != nil || err != nil {
 		return "", v, err
@@ -342,7 +342,7 @@ func (r *Reconciler) orphaned(ctx context.Context, c *vmckptv1.VMCheckpoint) (fr
 		return false, r.say(ctx, c, verdict.Wait(vmckptv1.ReasonDeleting, fmt.Sprintf(
 			"node %s is not ready: its agent removes the image when it is again. To let the object go without, take the finalizer %s off", lost, vmckptv1.Finalizer)))
 	}
-	other, v, err := r.anyNode(ctx, c)
+	other, v, err := r.nodeOfClaim(ctx, c)
 	switch {
 	case err != nil:
 		return false, err

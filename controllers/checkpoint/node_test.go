@@ -31,7 +31,7 @@ func TestNodeGone(t *testing.T) {
 		r.instance(name, func(vmi *kubevirtv1.VirtualMachineInstance) { vmi.Status.NodeName = n.Name })
 	}
 	mine := map[string]*vmckptv1.VMCheckpoint{}
-	for _, name := range []string{"idle", "running", "deleted", "ready", "ready-both", "running-too"} {
+	for _, name := range []string{"idle", "running", "deleted", "ready", "ready-both"} {
 		mine[name] = r.checkpoint(name, func(c *vmckptv1.VMCheckpoint) {
 			if name == "ready-both" {
 				c.Spec.Storage.ClaimName = "both"
@@ -39,7 +39,7 @@ func TestNodeGone(t *testing.T) {
 		})
 		r.says(mine[name], vmckptv1.ReasonBound, "")
 		switch name {
-		case "running", "deleted", "running-too":
+		case "running", "deleted":
 			r.agent(mine[name], begun)
 		case "ready", "ready-both":
 			r.agent(mine[name], captured)

@@ -2,6 +2,7 @@ package keys_test
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -54,7 +55,18 @@ func TestKeys(t *testing.T) {
 	if _, err := image.ParseKeys(first.Data[current]); err != nil {
 		t.Errorf("entry %q: %v", current, err)
 	}
-	if again := made(); again.ResourceVersion != first.ResourceVersion {
+	// Encryption is switched on as docs/kubernetes.md has it.
+	server.Kubectl(t, "patch", "secret", "keys", "--namespace", namespace, "--type", "merge", "--patch",
+		fmt.Sprintf(`{"stringData": {"current": "key-2", "key-2": "secret %s\nencryption %s\n"}}`, strings.Repeat("12", 32), strings.Repeat("34", 32)))
+	if err := admin.Get(t.Context(), client.ObjectKeyFromObject(first), first); err != nil {
+		t.Fatal(err)
+	}
+	for entry, encrypted := range map[string]bool{"key-1": false, "key-2": true} {
+		if k, err := image.ParseKeys(first.Data[entry]); err != nil || (k.Encryption != nil) != encrypted {
+			t.Errorf("entry %q: %v", entry, err)
+		}
+	}
+	if again := made(); string(again.Data["current"]) != "key-2" || again.ResourceVersion != first.ResourceVersion {
 		t.Error("the keys were changed")
 	}
 	c := &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "first"}}
