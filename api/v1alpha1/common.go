@@ -52,6 +52,7 @@ const (
 	ReasonWaitingForVM = "WaitingForVM" // the virtual machine is not there, or not running
 	ReasonMigrating    = "Migrating"    // it is being migrated; tried again afterwards
 	ReasonClaim        = "ClaimNotReady"
+	ReasonNode         = "NodeNotReady"   // that of the machine, or any that could do it
 	ReasonRestoring    = "RestorePending" // a restore of the same machine comes first
 	ReasonWaiting      = "WaitingForCheckpoint"
 	ReasonBound        = "Bound"  // to a node, whose agent has not taken it yet
@@ -68,8 +69,9 @@ const (
 // Reasons of failures. Others are the node agent's codes in upper camel case, listed in docs/operation.md.
 const (
 	ReasonTimeout        = "Timeout"
-	ReasonRefused        = "Refused" // the machine cannot be captured truly
-	ReasonVMGone         = "VMGone"  // it ended, or was moved, in the middle
+	ReasonRefused        = "Refused"  // the machine cannot be captured truly
+	ReasonVMGone         = "VMGone"   // it ended, or was moved, in the middle
+	ReasonNodeGone       = "NodeGone" // the node is no longer of the cluster
 	ReasonNotImplemented = "NotImplemented"
 	ReasonMemoryInvalid  = "MemoryInvalid"
 	ReasonMemoryWhole    = "MemoryWhole"

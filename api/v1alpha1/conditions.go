@@ -9,7 +9,8 @@ import (
 )
 
 // Who may write a status. While status.nodeName is empty the controller does, afterwards the agent of that node alone, until it is done or gives
-// the object back by emptying the field. Writes carry the resourceVersion that they are based on, so that of two who disagree one reads again.
+// the object back by emptying the field. For an agent whose node is not ready the controller says so, in the messages alone; for one whose node is
+// gone it ends the object or takes it back. Writes carry the resourceVersion that they are based on, so that of two who disagree one reads again.
 
 // messageBytes bounds the message of a condition (metav1.Condition allows 32 KiB; tables and terminals want less).
 const messageBytes = 2048

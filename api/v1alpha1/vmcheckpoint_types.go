@@ -342,7 +342,9 @@ type VMCheckpoint struct {
 	// +required
 	Spec VMCheckpointSpec `json:"spec"`
 
-	// status says what became of it.
+	// status says what became of it. It begins with a generation that was never observed: tools that follow the kstatus conventions would take an
+	// object without any status for one that is ready.
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status VMCheckpointStatus `json:"status,omitzero"`
 }

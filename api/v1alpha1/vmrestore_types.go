@@ -188,7 +188,9 @@ type VMRestore struct {
 	// +required
 	Spec VMRestoreSpec `json:"spec"`
 
-	// status says what became of it.
+	// status says what became of it. It begins with a generation that was never observed: tools that follow the kstatus conventions would take an
+	// object without any status for one that is ready.
+	// +kubebuilder:default={"observedGeneration":-1}
 	// +optional
 	Status VMRestoreStatus `json:"status,omitzero"`
 }

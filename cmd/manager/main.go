@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"time"
 
@@ -12,12 +13,14 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/utils/clock"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/vmckpt/vmckpt/cmd/internal/settings"
+	"github.com/vmckpt/vmckpt/controllers/cached"
 	"github.com/vmckpt/vmckpt/controllers/checkpoint"
 	"github.com/vmckpt/vmckpt/controllers/keys"
 	"github.com/vmckpt/vmckpt/controllers/restore"
@@ -77,6 +80,7 @@ func run(ctx context.Context, o *options) error {
 	manager, err := ctrl.NewManager(config, ctrl.Options{
 		Scheme: scheme,
 		Logger: logger,
+		Cache:  cached.Options(),
 		// Of Secrets there is one to be looked at: none is watched.
 		Client:                        client.Options{Cache: &client.CacheOptions{DisableFor: []client.Object{&corev1.Secret{}}}},
 		Metrics:                       metricsserver.Options{BindAddress: o.MetricsAddress},
@@ -93,24 +97,48 @@ func run(ctx context.Context, o *options) error {
 	if err != nil {
 		return err
 	}
-	if err := (&checkpoint.Reconciler{Client: manager.GetClient(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
+	waits := checkpoint.NewWaits()
+	if err := metrics.Registry.Register(waits); err != nil {
 		return err
 	}
-	if err := (&restore.Reconciler{Client: manager.GetClient(), Live: manager.GetAPIReader(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, manager); err != nil {
+	checkpoints := &checkpoint.Reconciler{
+		Client: manager.GetClient(), Live: manager.GetAPIReader(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}, Waits: waits,
+	}
+	if err := checkpoints.SetupWithManager(ctx, manager); err != nil {
 		return err
 	}
-	if err := manager.Add(&keys.Maker{Client: manager.GetClient(), Namespace: o.Namespace, Name: o.KeysSecret}); err != nil {
+	restores := &restore.Reconciler{Client: manager.GetClient(), Live: manager.GetAPIReader(), Events: manager.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}
+	if err := restores.SetupWithManager(ctx, manager); err != nil {
 		return err
 	}
-	if err := metrics.Registry.Register(&totals.Collector{Reader: manager.GetClient()}); err != nil {
+	if err := manager.Add(&keys.Maker{Client: manager.GetClient(), Clock: clock.RealClock{}, Namespace: o.Namespace, Name: o.KeysSecret}); err != nil {
+		return err
+	}
+	if err := manager.Add(&totals.Collector{Reader: manager.GetClient(), Registry: metrics.Registry}); err != nil {
 		return err
 	}
 	if err := manager.AddHealthzCheck("ping", healthz.Ping); err != nil {
 		return err
 	}
-	if err := manager.AddReadyzCheck("ping", healthz.Ping); err != nil {
+	if err := manager.AddReadyzCheck("cache", synced(manager.GetCache())); err != nil {
 		return err
 	}
 	logger.Info("the manager begins", "namespace", o.Namespace)
 	return manager.Start(ctx)
 }
+
+// synced is the check that the manager has read the cluster: that the API server was there, with our kinds and the rights to read them. One that
+// does not lead has read checkpoints and restores, and is ready to take over.
+func synced(c cache.Cache) healthz.Checker {
+	return func(q *http.Request) error {
+		ctx, cancel := context.WithTimeout(q.Context(), readyBound)
+		defer cancel()
+		if !c.WaitForCacheSync(ctx) {
+			return errors.New("the API server has not been read yet")
+		}
+		return nil
+	}
+}
+
+// readyBound is half of what a kubelet waits for an answer, unless it is told otherwise.
+const readyBound = 500 * time.Millisecond

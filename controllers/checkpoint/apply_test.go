@@ -14,11 +14,14 @@ import (
 func TestAppliedAgain(t *testing.T) {
 	r := newRig(t)
 	r.controllers(false)
+	r.claim("claim", "")
 	for i, timeout := range []string{"", `, "timeout": "10m"`, `, "timeout": "10m0s"`} {
 		name := fmt.Sprintf("c%d", i)
+		r.instance(name, nil)
+		r.instance(name+"-back", nil)
 		manifests := map[client.Object]string{
-			&vmckptv1.VMCheckpoint{}: `"kind": "VMCheckpoint", "spec": {"source": {"name": "vm"}, "storage": {"claimName": "claim"}` + timeout,
-			&vmckptv1.VMRestore{}:    `"kind": "VMRestore", "spec": {"source": {"checkpointName": "none"}, "target": {"name": "vm"}` + timeout,
+			&vmckptv1.VMCheckpoint{}: `"kind": "VMCheckpoint", "spec": {"source": {"kind": "VirtualMachineInstance", "name": "` + name + `"}, "storage": {"claimName": "claim"}` + timeout,
+			&vmckptv1.VMRestore{}:    `"kind": "VMRestore", "spec": {"source": {"volume": {"claimName": "claim", "image": "old"}}, "target": {"kind": "VirtualMachineInstance", "name": "` + name + `-back", "mode": "InPlace"}` + timeout,
 		}
 		for o, text := range manifests {
 			text = fmt.Sprintf(`{"apiVersion": "vmckpt.io/v1alpha1", "metadata": {"name": %q}, %s}}`, name, text)
@@ -30,12 +33,12 @@ func TestAppliedAgain(t *testing.T) {
 				}
 			}
 			apply()
-			r.wait(o, "the finalizer and a word", func() bool {
+			r.wait(o, "the finalizer and a node", func() bool {
 				switch o := o.(type) {
 				case *vmckptv1.VMCheckpoint:
-					return len(o.Finalizers) == 1 && len(o.Status.Conditions) != 0
+					return len(o.Finalizers) == 1 && o.Status.NodeName != ""
 				case *vmckptv1.VMRestore:
-					return len(o.Finalizers) == 1 && len(o.Status.Conditions) != 0
+					return len(o.Finalizers) == 1 && o.Status.NodeName != ""
 				}
 				return false
 			})

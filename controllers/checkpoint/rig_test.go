@@ -24,6 +24,7 @@ import (
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
+	"github.com/vmckpt/vmckpt/controllers/cached"
 	"github.com/vmckpt/vmckpt/controllers/checkpoint"
 	"github.com/vmckpt/vmckpt/controllers/restore"
 	"github.com/vmckpt/vmckpt/test/apiserver"
@@ -45,14 +46,15 @@ type rig struct {
 	client.Client
 	server    *apiserver.Server
 	namespace string
-	calls     atomic.Int64 // writes of the controllers
+	patience  time.Duration // how long anything is waited for
+	calls     atomic.Int64  // writes of the controllers
 }
 
 func newRig(t *testing.T) *rig {
 	server := shared.Server(t)
 	server.InstallCRDs(t, "../../config/crd/bases")
 	server.InstallKubeVirt(t)
-	r := &rig{T: t, Client: server.Client(t), server: server, namespace: server.Namespace(t)}
+	r := &rig{T: t, Client: server.Client(t), server: server, namespace: server.Namespace(t), patience: bound}
 	for _, name := range []string{"node-a", "node-b"} {
 		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"kubernetes.io/hostname": name, "kubevirt.io/schedulable": "true"}}}
 		r.must(client.IgnoreAlreadyExists(r.Create(t.Context(), n)))
@@ -80,13 +82,13 @@ func (r *rig) controllers(election bool) (stop func()) {
 	lease, renew, retry := 3*time.Second, 2*time.Second, 500*time.Millisecond
 	no := true
 	m, err := ctrl.NewManager(server, ctrl.Options{
-		Scheme: r.Scheme(), Metrics: metricsserver.Options{BindAddress: "0"}, Controller: config.Controller{SkipNameValidation: &no},
+		Scheme: r.Scheme(), Cache: cached.Options(), Metrics: metricsserver.Options{BindAddress: "0"}, Controller: config.Controller{SkipNameValidation: &no},
 		LeaderElection: election, LeaderElectionID: "test", LeaderElectionNamespace: r.namespace, LeaderElectionReleaseOnCancel: true,
 		LeaseDuration: &lease, RenewDeadline: &renew, RetryPeriod: &retry,
 	})
 	r.must(err)
 	ctx, cancel := context.WithCancel(context.Background())
-	r.must((&checkpoint.Reconciler{Client: m.GetClient(), Events: m.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, m))
+	r.must((&checkpoint.Reconciler{Client: m.GetClient(), Live: m.GetAPIReader(), Events: m.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, m))
 	r.must((&restore.Reconciler{Client: m.GetClient(), Live: m.GetAPIReader(), Events: m.GetEventRecorder("vmckpt"), Clock: clock.RealClock{}}).SetupWithManager(ctx, m))
 	ended := make(chan error, 1)
 	go func() { ended <- m.Start(ctx) }()
@@ -107,22 +109,68 @@ func (r *rig) must(err error) {
 	}
 }
 
-// claim makes a claim, bound to a volume on a node, or to any for "".
+// node makes a node of this test's own, with no other's machines on it.
+func (r *rig) node(name string) *corev1.Node {
+	r.Helper()
+	name = r.namespace + "-" + name
+	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"kubernetes.io/hostname": name, "kubevirt.io/schedulable": "true"}}}
+	r.must(r.Create(r.Context(), n))
+	r.Cleanup(func() { r.must(client.IgnoreNotFound(r.Delete(context.Background(), n))) })
+	r.answers(n, true)
+	return n
+}
+
+// answers says whether a node's kubelet does.
+func (r *rig) answers(n *corev1.Node, ready bool) {
+	r.Helper()
+	status := corev1.ConditionFalse
+	if ready {
+		status = corev1.ConditionTrue
+	}
+	n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: status}}
+	r.must(r.Status().Update(r.Context(), n))
+}
+
+// event waits for an event of an object that says something.
+func (r *rig) event(o client.Object, kind, part string) {
+	r.Helper()
+	var events corev1.EventList
+	for until := time.Now().Add(r.patience); ; time.Sleep(20 * time.Millisecond) {
+		r.must(r.List(r.Context(), &events, client.InNamespace(r.namespace)))
+		for _, e := range events.Items {
+			if e.InvolvedObject.Name == o.GetName() && e.Type == kind && strings.Contains(e.Message, part) {
+				return
+			}
+		}
+		if time.Now().After(until) {
+			r.Fatalf("no event of %s says %q", o.GetName(), part)
+		}
+	}
+}
+
+// claim makes a claim, bound to a volume that some nodes reach (a,b), or all for "".
 func (r *rig) claim(name, node string) *corev1.PersistentVolumeClaim {
 	r.Helper()
 	pvc := r.unboundClaim(name)
-	pv := &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: r.namespace + "-" + name}}
+	r.volume(pvc, node)
+	r.bindClaim(pvc)
+	return pvc
+}
+
+// volume makes the volume of a claim.
+func (r *rig) volume(pvc *corev1.PersistentVolumeClaim, node string) *corev1.PersistentVolume {
+	r.Helper()
+	pv := &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: pvc.Spec.VolumeName}}
 	pv.Spec.AccessModes, pv.Spec.Capacity = pvc.Spec.AccessModes, pvc.Spec.Resources.Requests
 	pv.Spec.HostPath = &corev1.HostPathVolumeSource{Path: "/volume"}
-	pv.Spec.ClaimRef = &corev1.ObjectReference{Namespace: r.namespace, Name: name, UID: pvc.UID}
+	pv.Spec.ClaimRef = &corev1.ObjectReference{Namespace: r.namespace, Name: pvc.Name, UID: pvc.UID}
 	if node != "" {
 		pv.Spec.NodeAffinity = &corev1.VolumeNodeAffinity{Required: &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{
-			MatchExpressions: []corev1.NodeSelectorRequirement{{Key: "kubernetes.io/hostname", Operator: corev1.NodeSelectorOpIn, Values: []string{node}}},
+			MatchExpressions: []corev1.NodeSelectorRequirement{{Key: "kubernetes.io/hostname", Operator: corev1.NodeSelectorOpIn, Values: strings.Split(node, ",")}},
 		}}}}
 	}
 	r.must(r.Create(r.Context(), pv))
-	r.bindClaim(pvc)
-	return pvc
+	return pv
 }
 
 func (r *rig) unboundClaim(name string) *corev1.PersistentVolumeClaim {
@@ -204,7 +252,7 @@ func (r *rig) says(o client.Object, reason, part string) {
 // wait waits until the object, kept up to date, is as it should be.
 func (r *rig) wait(o client.Object, what string, is func() bool) {
 	r.Helper()
-	for until := time.Now().Add(bound); ; time.Sleep(20 * time.Millisecond) {
+	for until := time.Now().Add(r.patience); ; time.Sleep(20 * time.Millisecond) {
 		err := r.Get(r.Context(), client.ObjectKeyFromObject(o), o)
 		if err == nil && is() {
 			return
@@ -217,7 +265,7 @@ func (r *rig) wait(o client.Object, what string, is func() bool) {
 
 func (r *rig) gone(o client.Object) {
 	r.Helper()
-	for until := time.Now().Add(bound); ; time.Sleep(20 * time.Millisecond) {
+	for until := time.Now().Add(r.patience); ; time.Sleep(20 * time.Millisecond) {
 		err := r.Get(r.Context(), client.ObjectKeyFromObject(o), o)
 		if apierrors.IsNotFound(err) {
 			return

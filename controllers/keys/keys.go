@@ -7,10 +7,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/utils/clock"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -23,6 +25,7 @@ var ErrLost = errors.New("there are images, and the keys that they were written 
 // Maker makes the Secret with the keys of repositories, once, if there is none. It never changes one: without its keys no image can be read.
 type Maker struct {
 	Client    client.Client
+	Clock     clock.Clock
 	Namespace string
 	Name      string
 }
@@ -31,8 +34,28 @@ type Maker struct {
 const note = "Keys of VMckpt's repositories: without them no image can be read. Keep a copy elsewhere. " +
 	"To change keys, add an entry and name it in \"current\"; leave the old ones as long as their images are needed."
 
-// Start makes the Secret; it runs where the controllers do, once.
+// retryAfter is how long the n-th failure is waited over.
+func retryAfter(n int) time.Duration { return min(time.Second<<min(n-1, 10), time.Minute) }
+
+// Start makes the Secret; it runs where the controllers do, once. An API server that does not answer, or not yet with the rights for it, is asked
+// again until ctx ends.
 func (k *Maker) Start(ctx context.Context) error {
+	for n := 1; ; n++ {
+		err := k.make(ctx)
+		if err == nil {
+			return nil
+		}
+		wait := retryAfter(n)
+		ctrl.LoggerFrom(ctx).Error(err, "the keys could not be seen to; trying again", "in", wait.String())
+		select {
+		case <-k.Clock.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func (k *Maker) make(ctx context.Context) error {
 	secret := &corev1.Secret{
 		ObjectMeta: metav1.ObjectMeta{Namespace: k.Namespace, Name: k.Name, Annotations: map[string]string{"vmckpt.io/note": note}},
 	}
@@ -58,6 +81,7 @@ func (k *Maker) Start(ctx context.Context) error {
 	if _, err := rand.Read(key[:]); err != nil {
 		return err
 	}
+	// Without encryption: an image lies on a volume of those whose machine it is of. Whoever wants it adds an entry with a line for it.
 	secret.StringData = map[string]string{"current": "key-1", "key-1": "secret " + hex.EncodeToString(key[:]) + "\n"}
 	if err := k.Client.Create(ctx, secret); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("make the keys in Secret %s/%s: %w", k.Namespace, k.Name, err)

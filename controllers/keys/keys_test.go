@@ -1,6 +1,8 @@
 package keys_test
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -10,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/utils/clock"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -31,7 +34,7 @@ func TestKeys(t *testing.T) {
 	server := shared.Server(t)
 	server.InstallCRDs(t, "../../config/crd/bases")
 	admin, namespace := server.Client(t), server.Namespace(t)
-	maker := &keys.Maker{Client: admin, Namespace: namespace, Name: "keys"}
+	maker := &keys.Maker{Client: admin, Clock: clock.RealClock{}, Namespace: namespace, Name: "keys"}
 	made := func() *corev1.Secret {
 		t.Helper()
 		if err := maker.Start(t.Context()); err != nil {
@@ -52,7 +55,18 @@ func TestKeys(t *testing.T) {
 	if _, err := image.ParseKeys(first.Data[current]); err != nil {
 		t.Errorf("entry %q: %v", current, err)
 	}
-	if again := made(); again.ResourceVersion != first.ResourceVersion {
+	// Encryption is switched on as docs/kubernetes.md has it.
+	server.Kubectl(t, "patch", "secret", "keys", "--namespace", namespace, "--type", "merge", "--patch",
+		fmt.Sprintf(`{"stringData": {"current": "key-2", "key-2": "secret %s\nencryption %s\n"}}`, strings.Repeat("12", 32), strings.Repeat("34", 32)))
+	if err := admin.Get(t.Context(), client.ObjectKeyFromObject(first), first); err != nil {
+		t.Fatal(err)
+	}
+	for entry, encrypted := range map[string]bool{"key-1": false, "key-2": true} {
+		if k, err := image.ParseKeys(first.Data[entry]); err != nil || (k.Encryption != nil) != encrypted {
+			t.Errorf("entry %q: %v", entry, err)
+		}
+	}
+	if again := made(); string(again.Data["current"]) != "key-2" || again.ResourceVersion != first.ResourceVersion {
 		t.Error("the keys were changed")
 	}
 	c := &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "first"}}
@@ -60,6 +74,11 @@ func TestKeys(t *testing.T) {
 	if err := admin.Create(t.Context(), c); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { // other tests have the same server
+		if err := admin.Delete(context.Background(), c); err != nil {
+			t.Error(err)
+		}
+	})
 	c.Status.Image = &vmckptv1.CheckpointImage{Name: "first", Path: "vmckpt/images/first", Digest: strings.Repeat("1", 64), Kind: vmckptv1.ImageBase}
 	c.Succeeded(vmckptv1.ReasonCaptured, "captured", time.Now())
 	if err := admin.Status().Update(t.Context(), c); err != nil {
@@ -71,4 +90,44 @@ func TestKeys(t *testing.T) {
 	if s := made(); s != nil {
 		t.Errorf("keys were made in place of those that are lost: %v", s.Name)
 	}
+}
+
+// TestServerAway is waited for: it is no reason for the manager to end.
+func TestServerAway(t *testing.T) {
+	server := shared.Server(t)
+	server.InstallCRDs(t, "../../config/crd/bases")
+	admin, namespace := server.Client(t), server.Namespace(t)
+	server.StopAPIServer(t)
+	retried := make(chan time.Duration, 100)
+	maker := &keys.Maker{Client: admin, Clock: &soon{told: retried}, Namespace: namespace, Name: "keys"}
+	ended := make(chan error, 1)
+	go func() { ended <- maker.Start(t.Context()) }()
+	for range 3 {
+		select {
+		case <-retried:
+		case err := <-ended:
+			t.Fatalf("it ended while nobody answered: %v", err)
+		}
+	}
+	server.StartAPIServer(t)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	if err := admin.Get(t.Context(), client.ObjectKey{Namespace: namespace, Name: "keys"}, &corev1.Secret{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// soon is a clock with short seconds, which tells how long was waited.
+type soon struct {
+	clock.RealClock
+	told chan<- time.Duration
+}
+
+func (s *soon) After(d time.Duration) <-chan time.Time {
+	select {
+	case s.told <- d:
+	default:
+	}
+	return time.After(d / 10)
 }

@@ -3,16 +3,18 @@ package restore
 import (
 	"context"
 	"fmt"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	"k8s.io/utils/clock"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
@@ -21,6 +23,7 @@ import (
 
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
 	"github.com/vmckpt/vmckpt/controllers/claim"
+	"github.com/vmckpt/vmckpt/controllers/node"
 	"github.com/vmckpt/vmckpt/controllers/verdict"
 	"github.com/vmckpt/vmckpt/controllers/vm"
 )
@@ -38,30 +41,30 @@ const (
 	byMachine    = "spec.target.name"
 	byCheckpoint = "spec.source.checkpointName"
 	byClaim      = "claim" // that of the image, once it is known
+	byNode       = "node"
 )
 
-// claimEvery is how often is looked again at a claim that a node does not reach.
-const claimEvery = time.Minute
+// anyNode stands in the index for the nodes of a restore that waits for one, whichever it will be.
+const anyNode = "*"
 
 // SetupWithManager adds the reconciler to a manager.
 func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error {
-	indexer := m.GetFieldIndexer()
-	for field, value := range map[string]func(*vmckptv1.VMRestore) string{
-		byMachine:    func(o *vmckptv1.VMRestore) string { return o.Spec.Target.Name },
-		byCheckpoint: func(o *vmckptv1.VMRestore) string { return o.Spec.Source.CheckpointName },
-		byClaim: func(o *vmckptv1.VMRestore) string {
+	for field, key := range map[string]func(*vmckptv1.VMRestore) string{
+		byMachine:    unbound(func(o *vmckptv1.VMRestore) string { return o.Spec.Target.Name }),
+		byCheckpoint: unbound(func(o *vmckptv1.VMRestore) string { return o.Spec.Source.CheckpointName }),
+		byClaim: unbound(func(o *vmckptv1.VMRestore) string {
 			if o.Status.Image == nil {
 				return ""
 			}
 			return o.Status.Image.ClaimName
-		},
+		}),
+		byNode: nodeOf,
 	} {
-		err := indexer.IndexField(ctx, &vmckptv1.VMRestore{}, field, func(o client.Object) []string {
-			restore := o.(*vmckptv1.VMRestore)
-			if v := value(restore); v != "" && !restore.Done() && restore.Status.NodeName == "" {
+		err := m.GetFieldIndexer().IndexField(ctx, &vmckptv1.VMRestore{}, field, func(o client.Object) []string {
+			if v := key(o.(*vmckptv1.VMRestore)); v != "" {
 				return []string{v}
 			}
-			return nil // nothing wakes it
+			return nil
 		})
 		if err != nil {
 			return fmt.Errorf("index restores by %s: %w", field, err)
@@ -78,8 +81,45 @@ func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error
 		Watches(&vmckptv1.VMCheckpoint{}, waking(byCheckpoint, client.Object.GetName)).
 		Watches(&vmckptv1.VMRestore{}, waking(byMachine, func(o client.Object) string { return o.(*vmckptv1.VMRestore).Spec.Target.Name })).
 		Watches(&corev1.PersistentVolumeClaim{}, waking(byClaim, client.Object.GetName)).
+		Watches(&corev1.PersistentVolume{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
+			ref := o.(*corev1.PersistentVolume).Spec.ClaimRef
+			if ref == nil {
+				return nil
+			}
+			return r.waiting(ctx, ref.Namespace, byClaim, ref.Name)
+		})).
+		Watches(&storagev1.StorageClass{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, _ client.Object) []reconcile.Request {
+			return r.waiting(ctx, metav1.NamespaceAll, byNode, anyNode)
+		})).
+		Watches(&corev1.Node{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
+			return append(r.waiting(ctx, metav1.NamespaceAll, byNode, o.GetName()), r.waiting(ctx, metav1.NamespaceAll, byNode, anyNode)...)
+		}), builder.WithPredicates(node.Changed())).
 		// One at a time: two restores of a machine that are looked at in the same moment would both find the other unbound.
 		WithOptions(controller.Options{MaxConcurrentReconciles: 1}).Complete(r)
+}
+
+// unbound indexes the restores that wait to be bound. Nothing wakes the others.
+func unbound(key func(*vmckptv1.VMRestore) string) func(*vmckptv1.VMRestore) string {
+	return func(o *vmckptv1.VMRestore) string {
+		if o.Done() || o.Status.NodeName != "" {
+			return ""
+		}
+		return key(o)
+	}
+}
+
+// nodeOf is the node whose changes a restore has to know of: the one that has it and has not done with it, or any where it waits for one.
+func nodeOf(o *vmckptv1.VMRestore) string {
+	ready := meta.FindStatusCondition(o.Status.Conditions, vmckptv1.ConditionReady)
+	switch {
+	case o.Done():
+		return ""
+	case o.Status.NodeName != "":
+		return o.Status.NodeName
+	case ready != nil && (ready.Reason == vmckptv1.ReasonNode || ready.Reason == vmckptv1.ReasonClaim):
+		return anyNode
+	}
+	return ""
 }
 
 // waiting lists the restores of a namespace that wait for what a field names.
@@ -105,8 +145,21 @@ func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.
 	if o.DeletionTimestamp != nil {
 		return ctrl.Result{}, r.deleted(ctx, o)
 	}
-	if o.Done() || o.Status.NodeName != "" {
+	if o.Done() {
 		return ctrl.Result{}, nil
+	}
+	before := o.Status.DeepCopy()
+	if o.Status.NodeName != "" {
+		if free, err := r.bound(ctx, o, before); err != nil || !free {
+			return ctrl.Result{}, err
+		}
+	}
+	vmi, v, err := r.place(ctx, o)
+	if err != nil {
+		return ctrl.Result{}, err
+	}
+	if v != nil {
+		return ctrl.Result{}, r.say(ctx, o, before, v)
 	}
 	// By a patch: an update would write the timeout in Go's spelling (10m0s for 10m), and take the field from whoever applied it.
 	asRead := o.DeepCopy()
@@ -114,17 +167,28 @@ func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.
 		err := r.Client.Patch(ctx, o, client.MergeFromWithOptions(asRead, client.MergeFromWithOptimisticLock{}))
 		return ctrl.Result{}, client.IgnoreNotFound(err) // which brings it here again
 	}
-	before := o.Status.DeepCopy()
-	vmi, v, err := r.place(ctx, o)
+	return ctrl.Result{}, r.bind(ctx, o, vmi)
+}
+
+// bound looks after a restore that is its agent's: a node that is not ready is waited for, and one that is gone has no agent any more. What that one
+// had begun has failed; what it had not is free to be bound anew.
+func (r *Reconciler) bound(ctx context.Context, o *vmckptv1.VMRestore, before *vmckptv1.VMRestoreStatus) (free bool, err error) {
+	_, state, err := node.Look(ctx, r.Client, r.Live, o.Status.NodeName)
 	switch {
 	case err != nil:
-		return ctrl.Result{}, err
-	case v != nil && v.Reason == vmckptv1.ReasonClaim && !v.Final:
-		return ctrl.Result{RequeueAfter: claimEvery}, r.say(ctx, o, before, v) // nodes, their labels and volumes are not watched
-	case v != nil:
-		return ctrl.Result{}, r.say(ctx, o, before, v)
+		return false, err
+	case state != node.StateGone:
+		known := meta.FindStatusCondition(o.Status.Conditions, vmckptv1.ConditionReady)
+		if known == nil {
+			return false, nil
+		}
+		return false, r.say(ctx, o, before, verdict.Wait(known.Reason, node.Words(known.Message, o.Status.NodeName, state)))
+	case o.Status.StartTime != nil:
+		return false, r.say(ctx, o, before, verdict.Refuse(vmckptv1.ReasonNodeGone, fmt.Sprintf(
+			"node %s is gone, whose agent had begun with it, and nobody can say how far it came: should the virtual machine still be there, restore it again or start it anew", o.Status.NodeName)))
 	}
-	return ctrl.Result{}, r.bind(ctx, o, vmi)
+	o.Status.NodeName, o.Status.VMIName, o.Status.VMIUID = "", "", ""
+	return true, nil
 }
 
 // place finds the image and the instance for a restore, or what stands against it.
@@ -143,12 +207,16 @@ func (r *Reconciler) place(ctx context.Context, o *vmckptv1.VMRestore) (*kubevir
 	if v, err := r.turn(ctx, o, vmi); v != nil || err != nil {
 		return nil, v, err
 	}
+	n, v, err := node.OfMachine(ctx, r.Client, vmi.Status.NodeName)
+	if v != nil || err != nil {
+		return nil, v, err
+	}
 	name := types.NamespacedName{Namespace: o.Namespace, Name: o.Status.Image.ClaimName}
 	pv, v, err := claim.Usable(ctx, r.Client, name)
 	if v != nil || err != nil {
 		return nil, v, err
 	}
-	v, err = claim.OnNode(ctx, r.Client, name, pv, vmi.Status.NodeName)
+	v, err = claim.OnNode(name, pv, n)
 	return vmi, v, err
 }
 
@@ -232,7 +300,7 @@ func (r *Reconciler) say(ctx context.Context, o *vmckptv1.VMRestore, before *vmc
 	if err := r.Client.Status().Update(ctx, o); err != nil {
 		return client.IgnoreNotFound(err)
 	}
-	r.Events.Eventf(o, nil, kind, v.Reason, "Bind", "%s", v.Note())
+	r.Events.Eventf(o, nil, kind, v.Reason, "Bind", "%s", verdict.Note(v.Message))
 	return nil
 }
 
@@ -247,14 +315,23 @@ func (r *Reconciler) bind(ctx context.Context, o *vmckptv1.VMRestore, vmi *kubev
 	return nil
 }
 
-// deleted takes the finalizer off where no agent has to do anything.
+// deleted takes the finalizer off where no agent has to do anything, or none can.
 func (r *Reconciler) deleted(ctx context.Context, o *vmckptv1.VMRestore) error {
-	if o.Status.NodeName != "" && !o.Done() {
-		return nil // the agent's
-	}
-	before := o.DeepCopy()
-	if !controllerutil.RemoveFinalizer(o, vmckptv1.Finalizer) {
+	if !controllerutil.ContainsFinalizer(o, vmckptv1.Finalizer) {
 		return nil
 	}
+	if name := o.Status.NodeName; name != "" && !o.Done() {
+		_, state, err := node.Look(ctx, r.Client, r.Live, name)
+		switch {
+		case err != nil || state == node.StateReady:
+			return err // the agent's
+		case state == node.StateNotReady:
+			return r.say(ctx, o, &o.Status, verdict.Wait(vmckptv1.ReasonDeleting, fmt.Sprintf(
+				"node %s is not ready: its agent ends the restore when it is again. To let the object go without, take the finalizer %s off", name, vmckptv1.Finalizer)))
+		}
+		r.Events.Eventf(o, nil, corev1.EventTypeWarning, vmckptv1.ReasonNodeGone, "Delete", "node %s is gone, and what became of the restore cannot be known", name)
+	}
+	before := o.DeepCopy()
+	controllerutil.RemoveFinalizer(o, vmckptv1.Finalizer)
 	return client.IgnoreNotFound(r.Client.Patch(ctx, o, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})))
 }

@@ -3,6 +3,7 @@ package totals
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,8 +17,25 @@ var (
 	restores    = prometheus.NewDesc("vmckpt_restores", "VMRestores there are, by phase.", []string{"phase"}, nil)
 )
 
-// Collector counts VMCheckpoints and VMRestores by phase whenever it is asked, in the manager's cache.
-type Collector struct{ Reader client.Reader }
+// Collector counts VMCheckpoints and VMRestores by phase whenever it is asked, in the manager's cache. It is asked while its manager leads: from two
+// of them, whoever adds up would have every object twice.
+type Collector struct {
+	Reader   client.Reader
+	Registry prometheus.Registerer
+}
+
+// Start tells the totals until ctx ends.
+func (c *Collector) Start(ctx context.Context) error {
+	if err := c.Registry.Register(c); err != nil {
+		return fmt.Errorf("register the totals: %w", err)
+	}
+	<-ctx.Done()
+	c.Registry.Unregister(c)
+	return nil
+}
+
+// NeedLeaderElection says that it starts with the manager's leading.
+func (c *Collector) NeedLeaderElection() bool { return true }
 
 // Describe implements prometheus.Collector.
 func (c *Collector) Describe(to chan<- *prometheus.Desc) {

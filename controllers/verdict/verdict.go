@@ -21,15 +21,15 @@ func Refuse(reason, message string) *Verdict {
 // noteBytes bounds the note of an event: the API server refuses an event with a longer one (1 KiB, k8s.io/api/events/v1).
 const noteBytes = 1024
 
-// Note is the message as an event can carry it, cut at a whole character.
-func (v *Verdict) Note() string {
+// Note is a message as an event can carry it, cut at a whole character.
+func Note(message string) string {
 	const mark = " …"
-	if len(v.Message) <= noteBytes {
-		return v.Message
+	if len(message) <= noteBytes {
+		return message
 	}
 	cut := noteBytes - len(mark)
-	for cut > 0 && !utf8.RuneStart(v.Message[cut]) {
+	for cut > 0 && !utf8.RuneStart(message[cut]) {
 		cut--
 	}
-	return v.Message[:cut] + mark
+	return message[:cut] + mark
 }

@@ -89,11 +89,11 @@ func Paused(vmi *kubevirtv1.VirtualMachineInstance) bool {
 func Capturable(vmi *kubevirtv1.VirtualMachineInstance) *verdict.Verdict {
 	var why []string
 	devices := &vmi.Spec.Domain.Devices
-	if len(devices.HostDevices) != 0 {
-		why = append(why, "it has host devices, which write its memory by themselves and keep state of their own")
+	for _, d := range devices.HostDevices {
+		why = append(why, fmt.Sprintf("host device %s is %s", d.Name, passedThrough(d.DeviceName, d.ClaimRequest)))
 	}
-	if len(devices.GPUs) != 0 {
-		why = append(why, "it has GPUs, which write its memory by themselves and keep state of their own")
+	for _, g := range devices.GPUs {
+		why = append(why, fmt.Sprintf("GPU %s is %s", g.Name, passedThrough(g.DeviceName, g.ClaimRequest)))
 	}
 	for _, i := range devices.Interfaces {
 		if i.SRIOV != nil {
@@ -116,4 +116,12 @@ func Capturable(vmi *kubevirtv1.VirtualMachineInstance) *verdict.Verdict {
 		return nil
 	}
 	return verdict.Refuse(vmckptv1.ReasonRefused, fmt.Sprintf("virtual machine %s/%s cannot be captured truly: %s", vmi.Namespace, vmi.Name, strings.Join(why, "; ")))
+}
+
+// passedThrough says what a device is and why it is refused, whatever its bus is: KubeVirt's object does not show that.
+func passedThrough(resource string, claim *kubevirtv1.ClaimRequest) string {
+	if resource == "" && claim != nil {
+		resource = "of resource claim " + claim.ClaimName
+	}
+	return fmt.Sprintf("hardware of the node (%s): its state cannot be saved, and on PCI it writes the guest's memory unseen", resource)
 }

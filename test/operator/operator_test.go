@@ -2,6 +2,7 @@ package operator
 
 import (
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -55,6 +57,7 @@ func TestStory(t *testing.T) {
 		`vmckpt_restores_total{result="ok"} 1`:                          agent.get(agent.metrics, "/metrics"),
 		`vmckpt_queue_running 0`:                                        agent.get(agent.metrics, "/metrics"),
 		`vmckpt_checkpoints{phase="Ready"}`:                             manager.get(manager.metrics, "/metrics"),
+		"vmckpt_checkpoint_wait_seconds_count 2":                        manager.get(manager.metrics, "/metrics"),
 		`vmckpt_restores{phase="Restored"}`:                             manager.get(manager.metrics, "/metrics"),
 	} {
 		if !strings.Contains(text, want) {
@@ -238,4 +241,47 @@ func TestOneAgentANode(t *testing.T) {
 	r.ready(r.checkpoint("by-the-second"), vmckptv1.ReasonCaptured)
 	goesOn(t, m, 0)
 	second.end()
+}
+
+// TestReadiness is that of what has read the cluster, and of two managers one tells the totals.
+func TestReadiness(t *testing.T) {
+	r := newRig(t)
+	r.claim(t.TempDir())
+	c := r.checkpoint("first")
+	// Without the right to read them, as it is while the manifests are being applied.
+	rights := &rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: "vmckpt-manager"}}
+	r.must(r.Get(t.Context(), client.ObjectKeyFromObject(rights), rights))
+	r.must(r.Delete(t.Context(), rights))
+	first := r.manager()
+	first.get(first.probes, "/healthz")
+	if response, err := http.Get("http://" + first.probes + "/readyz"); err != nil {
+		t.Error(err)
+	} else if response.Body.Close(); response.StatusCode == http.StatusOK {
+		t.Error("a manager that could read nothing is ready")
+	}
+	rights.ResourceVersion, rights.UID = "", ""
+	r.must(r.Create(t.Context(), rights))
+	first.get(first.probes, "/readyz")
+	second := r.manager()
+	second.get(second.probes, "/readyz")
+	wait(r, c, "a word", func(c *vmckptv1.VMCheckpoint) bool { return len(c.Status.Conditions) != 0 })
+
+	tells := func(p *program) bool { return strings.Contains(p.get(p.metrics, "/metrics"), `vmckpt_checkpoints{phase="Pending"}`) }
+	one := func() bool { return tells(first) != tells(second) }
+	for until := time.Now().Add(bound); !one(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("the totals are told by the first: %v, by the second: %v", tells(first), tells(second))
+		}
+	}
+	leader, other := first, second
+	if tells(second) {
+		leader, other = second, first
+	}
+	leader.end()
+	for until := time.Now().Add(bound); !tells(other); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("nobody tells the totals")
+		}
+	}
+	other.end()
 }
