@@ -186,8 +186,20 @@ func (r *rig) agentCounted(name string, calls *counter, change func(*agent.Optio
 	return stop
 }
 
+// onNode shows an instance on a node.
+func (r *rig) onNode(vmi *kubevirtv1.VirtualMachineInstance, node string) {
+	r.Helper()
+	vmi.Status.NodeName = node
+	r.must(r.Update(r.Context(), vmi))
+}
+
 // checkpoint makes a checkpoint and binds it as the controller would.
 func (r *rig) checkpoint(name string, vmi *kubevirtv1.VirtualMachineInstance, change func(*vmckptv1.VMCheckpoint)) *vmckptv1.VMCheckpoint {
+	r.Helper()
+	return r.checkpointOn(node, name, vmi, change)
+}
+
+func (r *rig) checkpointOn(node, name string, vmi *kubevirtv1.VirtualMachineInstance, change func(*vmckptv1.VMCheckpoint)) *vmckptv1.VMCheckpoint {
 	r.Helper()
 	c := &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: name, Finalizers: []string{vmckptv1.Finalizer}}}
 	c.Spec.Source = vmckptv1.VMReference{Kind: vmckptv1.KindVirtualMachineInstance, Name: "vm"}
@@ -226,6 +238,11 @@ func (r *rig) unbound(name, image string, vmi *kubevirtv1.VirtualMachineInstance
 }
 
 func (r *rig) bind(o *vmckptv1.VMRestore, vmi *kubevirtv1.VirtualMachineInstance) {
+	r.Helper()
+	r.bindOn(node, o, vmi)
+}
+
+func (r *rig) bindOn(node string, o *vmckptv1.VMRestore, vmi *kubevirtv1.VirtualMachineInstance) {
 	r.Helper()
 	o.Status.NodeName, o.Status.VMIName, o.Status.VMIUID = node, vmi.Name, vmi.UID
 	o.Status.Image = o.Spec.Source.Volume
