@@ -26,7 +26,7 @@ func TestNotMounted(t *testing.T) {
 	first, second := r.checkpoint("first", vmi, nil), r.checkpoint("second", vmi, nil)
 	r.ready(first, vmckptv1.ReasonCaptured)
 	r.ready(second, vmckptv1.ReasonCaptured)
-	second2s := metav1.Duration{Duration: 2 * time.Second}
+	short := metav1.Duration{Duration: 2 * time.Second}
 
 	for _, under := range []string{"nothing", "another repository"} {
 		r.must(os.Rename(volume, away))
@@ -35,13 +35,13 @@ func TestNotMounted(t *testing.T) {
 			r.must(image.InitRepositoryOn(volume, "vmckpt"))
 		}
 		name := strings.ReplaceAll(under, " ", "-")
-		later := r.checkpoint("later-"+name, vmi, func(c *vmckptv1.VMCheckpoint) { c.Spec.Timeout = second2s })
+		later := r.checkpoint("later-"+name, vmi, func(c *vmckptv1.VMCheckpoint) { c.Spec.Timeout = short })
 		imported := r.checkpoint("imported-"+name, nil, func(c *vmckptv1.VMCheckpoint) {
-			c.Spec.Import, c.Spec.Timeout, c.Spec.DeletionPolicy = &vmckptv1.Import{Image: "second"}, second2s, vmckptv1.DeletionRetain
+			c.Spec.Import, c.Spec.Timeout, c.Spec.DeletionPolicy = &vmckptv1.Import{Image: "second"}, short, vmckptv1.DeletionRetain
 		})
 		back := r.restore("back-"+name, "second", vmi, func(o *vmckptv1.VMRestore) {
 			inPlace(o)
-			o.Spec.Timeout = second2s
+			o.Spec.Timeout = short
 		})
 		victim := map[string]*vmckptv1.VMCheckpoint{"nothing": first, "another repository": later}[under]
 		if under == "nothing" {
@@ -49,7 +49,7 @@ func TestNotMounted(t *testing.T) {
 		}
 		began := time.Now()
 		waits := func(what string, conditions []metav1.Condition) bool {
-			return strings.Contains(message(conditions), "is it mounted?") && time.Since(began) > 3*time.Second
+			return strings.Contains(message(conditions), "mounted?") && time.Since(began) > 3*time.Second
 		}
 		for _, c := range []*vmckptv1.VMCheckpoint{later, imported, victim} {
 			wait(r, c, c.Name+" to wait for the volume", func(c *vmckptv1.VMCheckpoint) bool { return waits(c.Name, c.Status.Conditions) })

@@ -1,7 +1,9 @@
 package operator
 
 import (
+	"io"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,6 +12,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -152,6 +155,23 @@ func TestKilled(t *testing.T) {
 		t.Logf("%s: %d attempts", name, o.Status.Attempts)
 		goesOn(t, m, 0)
 	}
+	// In the middle of overwriting memory: that is said as long as there is nobody who knows better.
+	torn := r.restore("torn", "running-b", vmckptv1.RestoreInPlace)
+	invalid := func(o *vmckptv1.VMRestore) bool {
+		return meta.IsStatusConditionTrue(o.Status.Conditions, vmckptv1.ConditionMemoryInvalid)
+	}
+	wait(r, torn, "the mark", func(o *vmckptv1.VMRestore) bool { return invalid(o) || o.Done() })
+	down(&agent)
+	wait(r, torn, "the object as the agent left it", func(*vmckptv1.VMRestore) bool { return true })
+	if torn.Done() || !invalid(torn) {
+		t.Errorf("killed in the middle: %s", message(torn.Status.Conditions))
+	}
+	up()
+	wait(r, torn, "restored", (*vmckptv1.VMRestore).Done)
+	if !torn.Ready() || invalid(torn) {
+		t.Fatal(message(torn.Status.Conditions))
+	}
+	goesOn(t, m, 0)
 	// Deleted while nobody is there.
 	down(&agent)
 	down(&manager)
@@ -234,7 +254,16 @@ func TestOneAgentANode(t *testing.T) {
 	if text, err := os.ReadFile(second.log); err != nil || strings.Contains(string(text), "the node agent begins") {
 		t.Fatalf("the second has begun: %s, %v", text, err)
 	}
+	// It is alive, and says what it waits for.
+	second.get(second.probes, "/healthz")
+	response, err := http.Get("http://" + second.probes + "/readyz")
+	r.must(err)
+	defer response.Body.Close()
+	if text, err := io.ReadAll(response.Body); err != nil || response.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(text), "another agent is at work") {
+		t.Errorf("readyz of the second: %s: %s (%v)", response.Status, text, err)
+	}
 	first.end()
+	second.get(second.probes, "/readyz")
 	r.ready(r.checkpoint("by-the-second"), vmckptv1.ReasonCaptured)
 	goesOn(t, m, 0)
 	second.end()
