@@ -126,20 +126,26 @@ func (r *rig) must(err error) {
 	}
 }
 
-// machine starts a machine that writes, and shows it as an instance on this node.
+// machine starts a machine that writes, and shows it.
 func (r *rig) machine(name string, paused bool) (*machine.Machine, *kubevirtv1.VirtualMachineInstance) {
 	r.Helper()
 	m := machine.Start(r.TB.(*testing.T), machine.Options{
 		Name: r.namespace + "_" + name, UUID: "dd75a760-ca42-402a-9170-c596ddd06a4e", MemoryBytes: 64 * machine.MiB, Paused: paused,
 		Guest: machine.Writer{Percent: 50, Parameters: writer.Parameters{Random: true, PagesPerPass: 20, Spin: 1_000_000}},
 	})
+	return m, r.instance(name, m)
+}
+
+// instance shows a machine as an instance on this node.
+func (r *rig) instance(name string, m *machine.Machine) *kubevirtv1.VirtualMachineInstance {
+	r.Helper()
 	vmi := &kubevirtv1.VirtualMachineInstance{ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: name}}
 	vmi.Spec.Domain.Firmware = &kubevirtv1.Firmware{UUID: types.UID(m.Options().UUID)}
 	r.must(client.IgnoreAlreadyExists(r.Create(r.Context(), vmi)))
 	r.must(r.Get(r.Context(), client.ObjectKeyFromObject(vmi), vmi))
 	vmi.Status.NodeName, vmi.Status.Phase = node, kubevirtv1.Running
 	r.must(r.Update(r.Context(), vmi)) // the type has no status subresource
-	return m, vmi
+	return vmi
 }
 
 // agent starts an agent, which ends with the test or by stop.
