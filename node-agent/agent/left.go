@@ -6,6 +6,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/log"
 
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
@@ -48,6 +49,28 @@ func say(o *vmckptv1.VMRestore, left jobs.Left, now time.Time) {
 		o.SetLeftStopped(true, adviceStopped, now)
 	} else {
 		o.SetLeftStopped(false, whole, now)
+	}
+}
+
+// madeWhole says of other restores that had left the machine as it could not stay, and were given up, that this one has put it right.
+func (r *restores) madeWhole(ctx context.Context, by *vmckptv1.VMRestore) {
+	var list vmckptv1.VMRestoreList
+	if err := r.client.List(ctx, &list, client.InNamespace(by.Namespace)); err != nil {
+		log.FromContext(ctx).Error(err, "list the restores of a machine that was restored")
+		return
+	}
+	for i := range list.Items {
+		o := &list.Items[i]
+		if o.UID == by.UID || o.Status.VMIUID != by.Status.VMIUID || !o.Done() || !o.Unfinished() {
+			continue
+		}
+		err := change(ctx, r.Agent, o, r.ours, func(o *vmckptv1.VMRestore) bool {
+			say(o, jobs.Left{}, r.o.Clock.Now())
+			return true
+		})
+		if ignoreNotOurs(err) != nil {
+			log.FromContext(ctx).Error(err, "a machine's other restore could not be told that it is whole", "restore", o.Name)
+		}
 	}
 }
 

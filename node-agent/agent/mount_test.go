@@ -88,6 +88,12 @@ func TestNotMounted(t *testing.T) {
 		r.must(r.Delete(t.Context(), &all.Items[i]))
 		r.gone(&all.Items[i])
 	}
-	r.must(os.RemoveAll(filepath.Join(volume, "vmckpt")))
-	r.ready(r.checkpoint("new", vmi, nil), vmckptv1.ReasonCaptured)
+	// But not where the volume's own directory is missing, as one is on a file system that is not mounted.
+	r.must(os.RemoveAll(volume))
+	made := r.checkpoint("new", vmi, func(c *vmckptv1.VMCheckpoint) { c.Spec.Timeout = short })
+	wait(r, made, "the volume to be missed for longer than its time", func(c *vmckptv1.VMCheckpoint) bool {
+		return strings.Contains(message(c.Status.Conditions), "mounted?") && time.Since(c.CreationTimestamp.Time) > 4*time.Second
+	})
+	r.must(os.Mkdir(volume, 0o700))
+	r.ready(made, vmckptv1.ReasonCaptured)
 }

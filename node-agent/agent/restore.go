@@ -128,6 +128,7 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 	}
 	r.retries.forget(key)
 	r.forgetNote(key.uid)
+	r.madeWhole(ctx, o)
 	log.FromContext(ctx).Info("a machine is restored", "image", found.Name)
 	r.event(o, eventNormal, vmckptv1.ReasonRestored, "Restore", message)
 }

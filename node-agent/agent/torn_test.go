@@ -178,6 +178,7 @@ func TestLeftStopped(t *testing.T) {
 		o.RetryAfter = func(int) time.Duration { return time.Hour }
 	})
 	r.ready(r.checkpoint("first", vmi, nil), vmckptv1.ReasonCaptured)
+	r.ready(r.checkpoint("spare", vmi, func(c *vmckptv1.VMCheckpoint) { c.Spec.Mode = vmckptv1.ModeFull }), vmckptv1.ReasonCaptured)
 	back := r.restore("back", "first", vmi, inPlace)
 	<-ended
 	wait(r, back, "the machine to be missed", stopped)
@@ -206,4 +207,10 @@ func TestLeftStopped(t *testing.T) {
 	stands(t, m)
 	r.must(m.Monitor.Execute(t.Context(), "cont", nil, nil))
 	goesOn(t, m)
+	again := r.restore("again", "spare", vmi, inPlace)
+	wait(r, again, "another restore", (*vmckptv1.VMRestore).Done)
+	if !again.Ready() {
+		t.Error(message(again.Status.Conditions))
+	}
+	wait(r, back, "what was left to be put right", func(o *vmckptv1.VMRestore) bool { return !stopped(o) })
 }

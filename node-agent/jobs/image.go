@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"time"
 
 	"github.com/vmckpt/vmckpt/image"
@@ -99,10 +100,14 @@ func (r Repository) make() error {
 	if r.Volume != "" {
 		create = func() error { return image.InitRepositoryOn(r.Volume, r.Dir) }
 	}
-	if err := create(); err != nil && !errors.Is(err, image.ErrExists) {
-		return err
+	err := create()
+	switch {
+	case errors.Is(err, image.ErrExists):
+		return nil
+	case r.Volume != "" && errors.Is(err, fs.ErrNotExist): // the volume itself
+		return &NoRepositoryError{r.Dir, r.Volume}
 	}
-	return nil
+	return err
 }
 
 // DeleteRequest asks for an image to be removed.
