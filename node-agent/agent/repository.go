@@ -23,9 +23,17 @@ func repositoryOn(volume, id, keyFile string) jobs.Repository {
 	return jobs.Repository{Volume: volume, Dir: repositoryDir, ID: id, KeyFile: keyFile}
 }
 
-// knownRepository returns the id of the repository on a claim, by its checkpoints that a reader has. It is empty where none says it; any says whether
+// find looks for an image by one key after the other, and returns the key file that fits.
+func (a *Agent) find(ctx context.Context, volume, id string, keys keyFiles, look jobs.ImageRequest, progress func(jobs.VerifyProgress)) (*jobs.ImageResult, string, error) {
+	return tryKeys(keys, func(keyFile string) (*jobs.ImageResult, error) {
+		look.Repository = repositoryOn(volume, id, keyFile)
+		return a.o.Engine.Image(ctx, look, progress)
+	})
+}
+
+// knownRepository returns the id of the repository on a claim, by its checkpoints that a reader has. It is empty where none says it; used says whether
 // one has an image there at all.
-func (a *Agent) knownRepository(ctx context.Context, from client.Reader, namespace, claim string) (id string, any bool, err error) {
+func (a *Agent) knownRepository(ctx context.Context, from client.Reader, namespace, claim string) (id string, used bool, err error) {
 	var list vmckptv1.VMCheckpointList
 	if err := from.List(ctx, &list, client.InNamespace(namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return "", false, fmt.Errorf("list the checkpoints on claim %s: %w", claim, err)
@@ -36,7 +44,7 @@ func (a *Agent) knownRepository(ctx context.Context, from client.Reader, namespa
 		if o.Status.Image == nil || o.Spec.Storage.ClaimName != claim {
 			continue
 		}
-		any = true
+		used = true
 		if o.Status.Image.Repository != "" && (newest == nil || newest.CreationTimestamp.Before(&o.CreationTimestamp)) {
 			newest = o
 		}
@@ -44,5 +52,5 @@ func (a *Agent) knownRepository(ctx context.Context, from client.Reader, namespa
 	if newest != nil {
 		id = newest.Status.Image.Repository
 	}
-	return id, any, nil
+	return id, used, nil
 }

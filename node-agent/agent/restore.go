@@ -93,6 +93,8 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 		// A restore that is overwriting memory goes on to its end whatever becomes of this context.
 		if done.Result, done.Found, err = r.work(timed, o, key); err == nil {
 			r.writeNote(ctx, key.uid, done)
+			r.o.Metrics.restores.WithLabelValues("ok").Inc()
+			r.o.Metrics.restoreSeconds.Observe(done.Result.Duration.Seconds())
 		}
 	}
 	if err != nil {
@@ -103,8 +105,6 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 		return
 	}
 	result, found := done.Result, done.Found
-	r.o.Metrics.restores.WithLabelValues("ok").Inc()
-	r.o.Metrics.restoreSeconds.Observe(result.Duration.Seconds())
 	state := "stands paused"
 	if o.Spec.After != vmckptv1.AfterPause {
 		state = "goes on"
@@ -154,9 +154,7 @@ func (r *restores) work(ctx context.Context, o *vmckptv1.VMRestore, key taskKey)
 	if err != nil {
 		return nil, nil, err
 	}
-	found, keyFile, err := tryKeys(keys, func(keyFile string) (*jobs.ImageResult, error) {
-		return r.o.Engine.Image(ctx, jobs.ImageRequest{Repository: repositoryOn(volume, repository, keyFile), Image: o.Status.Image.Image}, func(jobs.VerifyProgress) {})
-	})
+	found, keyFile, err := r.find(ctx, volume, repository, keys, jobs.ImageRequest{Image: o.Status.Image.Image}, nil)
 	if err != nil {
 		return nil, nil, err
 	}
