@@ -35,6 +35,18 @@ func held(g *gate) <-chan int {
 	return worker
 }
 
+// reached waits for something that the engine comes to.
+func reached[T any](r *rig, what string, c <-chan T) T {
+	r.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(bound):
+		r.Fatalf("waited for %s", what)
+		panic("unreachable")
+	}
+}
+
 func invalid(o *vmckptv1.VMRestore) bool {
 	return meta.IsStatusConditionTrue(o.Status.Conditions, vmckptv1.ConditionMemoryInvalid)
 }
@@ -74,7 +86,7 @@ func TestMark(t *testing.T) {
 	r.ready(r.checkpoint("first", vmi, nil), vmckptv1.ReasonCaptured)
 	worker := held(g)
 	back := r.restore("back", "first", vmi, inPlace)
-	pid := <-worker
+	pid := reached(r, "the mark", worker)
 	wait(r, back, "the mark", invalid)
 	if back.Done() || back.Status.Attempts != 1 {
 		t.Errorf("%s: %+v", message(back.Status.Conditions), back.Status)
@@ -101,7 +113,7 @@ func TestTornAndDeleted(t *testing.T) {
 	r.ready(r.checkpoint("first", vmi, nil), vmckptv1.ReasonCaptured)
 	worker := held(g)
 	torn := r.restore("torn", "first", vmi, inPlace)
-	r.must(unix.Kill(<-worker, unix.SIGKILL))
+	r.must(unix.Kill(reached(r, "the mark", worker), unix.SIGKILL))
 	wait(r, torn, "the end of the attempt", func(o *vmckptv1.VMRestore) bool { return o.Status.Phase == vmckptv1.RestoreQueued })
 	if got := message(torn.Status.Conditions); !invalid(torn) || !strings.Contains(got, "only a restore makes it whole") {
 		t.Errorf("torn: %s", got)
@@ -180,7 +192,7 @@ func TestLeftStopped(t *testing.T) {
 	r.ready(r.checkpoint("first", vmi, nil), vmckptv1.ReasonCaptured)
 	r.ready(r.checkpoint("spare", vmi, func(c *vmckptv1.VMCheckpoint) { c.Spec.Mode = vmckptv1.ModeFull }), vmckptv1.ReasonCaptured)
 	back := r.restore("back", "first", vmi, inPlace)
-	<-ended
+	reached(r, "the stop", ended)
 	wait(r, back, "the machine to be missed", stopped)
 	r.must(unix.Kill(m.PID, unix.SIGCONT))
 	if got := message(back.Status.Conditions); back.Done() || invalid(back) || !strings.Contains(got, "unpause it") {
