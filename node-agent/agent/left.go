@@ -38,7 +38,7 @@ func advice(left jobs.Left) (reason, text string) {
 
 // say puts how a machine was left into the conditions. What was never said to be bad is not said to be good.
 func say(o *vmckptv1.VMRestore, left jobs.Left, now time.Time) {
-	const whole = "the virtual machine is not as the restore had left it"
+	const whole = "the virtual machine was put right since, or is gone"
 	switch {
 	case left.MemoryInvalid:
 		o.SetMemoryInvalid(true, adviceInvalid, now)

@@ -24,6 +24,11 @@ func (c *checkpoints) deleted(ctx context.Context, o *vmckptv1.VMCheckpoint, key
 	if !controllerutil.ContainsFinalizer(o, vmckptv1.Finalizer) {
 		return ctrl.Result{}, nil
 	}
+	// Failures of the removal are counted by themselves: those of the capture do not hold it up.
+	key.kind = "removal of VMCheckpoint"
+	if wait := c.retries.left(key, c.o.Clock.Now()); wait > 0 {
+		return ctrl.Result{RequeueAfter: wait}, nil
+	}
 	if o.Spec.DeletionPolicy != vmckptv1.DeletionRetain {
 		if err := c.removeImage(ctx, o); err != nil {
 			wait := c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
