@@ -17,6 +17,7 @@ RUN ?=
 TESTFLAGS ?= -timeout 24m -p 2
 SOAK_INSTANTS ?= 1000
 SOAK_REPEAT ?= 20
+SOAK_CHECKPOINTS ?= 1000
 FUZZTIME ?= 30s
 # BENCHFLAGS="-runs 5 -only increment,qemu -dir DIRECTORY -json FILE"; a whole run takes 4 minutes.
 BENCHFLAGS ?=
@@ -59,9 +60,10 @@ test: setup ## All tests, on real machines too (under 25 minutes)
 	go run ./hack/gotest $(TESTFLAGS) $(if $(RUN),-run '$(RUN)') $(PACKAGES)
 
 .PHONY: soak
-soak: setup ## Thousands of random instants against the truth, faults many times over
+soak: setup ## Thousands of random instants against the truth, faults many times over, a thousand checkpoints at once
 	go run ./hack/gotest -timeout 0 ./test/truth -instants $(SOAK_INSTANTS)
 	go run ./hack/gotest -timeout 0 ./test/faults -repeat $(SOAK_REPEAT)
+	go run ./hack/gotest -timeout 0 -v -run TestRealLoad ./node-agent/agent -real-load $(SOAK_CHECKPOINTS)
 
 .PHONY: bench
 bench: setup ## What it costs, beside QEMU's own ways

@@ -81,6 +81,9 @@ func openIn(root *os.Root, dir string, keys Keys) (*Repository, error) {
 	return r, nil
 }
 
+// ID is the repository's own: it stays the same wherever the directory is copied or mounted.
+func (r *Repository) ID() ID { return r.id }
+
 // Close lets go of the directory. Images that were opened stay usable; a writer must have ended before.
 func (r *Repository) Close() error { return r.root.Close() }
 

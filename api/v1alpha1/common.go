@@ -41,9 +41,13 @@ const (
 	// a failure. It is absent otherwise.
 	ConditionStalled = "Stalled"
 
-	// ConditionMemoryInvalid, of a restore, is true when it began to overwrite the virtual machine's memory and did not finish: the machine
-	// stands paused and must not run. Another restore finishes it, or it is stopped.
+	// ConditionMemoryInvalid, of a restore, is true from when it begins to overwrite the virtual machine's memory until all of it is right: the
+	// machine stands paused and must not run. Where the restore was torn, another one finishes it, or the machine is stopped.
 	ConditionMemoryInvalid = "MemoryInvalid"
+
+	// ConditionLeftStopped, of a restore, is true when it stopped the virtual machine, wrote nothing to it and could not let it go on: the machine
+	// stands paused as it was. It is absent of a restore to which that never happened.
+	ConditionLeftStopped = "LeftStopped"
 )
 
 // Reasons of conditions, beside those of failures.
@@ -75,6 +79,8 @@ const (
 	ReasonNotImplemented = "NotImplemented"
 	ReasonMemoryInvalid  = "MemoryInvalid"
 	ReasonMemoryWhole    = "MemoryWhole"
+	ReasonLeftStopped    = "LeftStopped"
+	ReasonNotStopped     = "NotStopped"
 )
 
 // Finalizer keeps an object until its image is dealt with.

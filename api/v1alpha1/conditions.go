@@ -73,6 +73,7 @@ func (r *VMRestore) Waiting(reason, message string, now time.Time) {
 func (r *VMRestore) Succeeded(reason, message string, now time.Time) {
 	succeeded(&r.Status.Conditions, r.Generation, reason, message, now)
 	r.SetMemoryInvalid(false, "the restore is complete", now)
+	r.SetLeftStopped(false, "the restore is complete", now)
 	r.finish(now)
 }
 
@@ -90,13 +91,29 @@ func (r *VMRestore) finish(now time.Time) {
 	r.settle()
 }
 
-// SetMemoryInvalid says whether the machine stands with memory that a restore has half overwritten.
+// SetMemoryInvalid says whether the machine stands with memory that is being overwritten, or was half.
 func (r *VMRestore) SetMemoryInvalid(invalid bool, message string, now time.Time) {
 	status, reason := metav1.ConditionFalse, ReasonMemoryWhole
 	if invalid {
 		status, reason = metav1.ConditionTrue, ReasonMemoryInvalid
 	}
 	set(&r.Status.Conditions, ConditionMemoryInvalid, status, r.Generation, reason, message, now)
+}
+
+// SetLeftStopped says whether the machine stands since a restore has stopped it for nothing. That it does not is said only where it did before.
+func (r *VMRestore) SetLeftStopped(stopped bool, message string, now time.Time) {
+	status, reason := metav1.ConditionFalse, ReasonNotStopped
+	if stopped {
+		status, reason = metav1.ConditionTrue, ReasonLeftStopped
+	} else if meta.FindStatusCondition(r.Status.Conditions, ConditionLeftStopped) == nil {
+		return
+	}
+	set(&r.Status.Conditions, ConditionLeftStopped, status, r.Generation, reason, message, now)
+}
+
+// Unfinished reports whether the machine was left as it cannot stay: its memory half overwritten, or stopped for nothing.
+func (r *VMRestore) Unfinished() bool {
+	return meta.IsStatusConditionTrue(r.Status.Conditions, ConditionMemoryInvalid) || meta.IsStatusConditionTrue(r.Status.Conditions, ConditionLeftStopped)
 }
 
 // Done reports whether the restore is complete or has failed: nothing more becomes of it.

@@ -158,6 +158,11 @@ type CheckpointImage struct {
 	// +required
 	Digest string `json:"digest"`
 
+	// repository is the id of the repository that the image lies in, by which a volume that is not mounted is told from an empty one.
+	// +kubebuilder:validation:MaxLength=64
+	// +optional
+	Repository string `json:"repository,omitempty"`
+
 	// kind is Base or Increment. Either is whole: nothing else is needed to restore it.
 	// +required
 	Kind ImageKind `json:"kind"`

@@ -101,7 +101,7 @@ type VMRestoreStatus struct {
 	// +optional
 	Phase RestorePhase `json:"phase,omitempty"`
 
-	// conditions: Ready, Progressing, MemoryInvalid, and Stalled once it failed for good.
+	// conditions: Ready, Progressing, MemoryInvalid, LeftStopped where a machine was, and Stalled once it failed for good.
 	// +listType=map
 	// +listMapKey=type
 	// +kubebuilder:validation:MaxItems=8

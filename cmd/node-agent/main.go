@@ -14,7 +14,7 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/healthz"
+	ctrlmanager "sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
@@ -50,6 +50,12 @@ func main() {
 func run(ctx context.Context, o *options) error {
 	logger := o.Logger()
 	ctrl.SetLogger(logger)
+	probes, err := serveProbes(o.ProbeAddress)
+	if err != nil {
+		return err
+	}
+	defer probes.close()
+	probes.waits("another agent is at work on this node, and is waited for to end")
 	lock, err := agent.Lock(ctx, o.RunDir)
 	if err != nil {
 		return err
@@ -70,7 +76,6 @@ func run(ctx context.Context, o *options) error {
 		Logger:                  logger,
 		Cache:                   cache.Options{ByObject: map[client.Object]cache.ByObject{&vmckptv1.VMCheckpoint{}: mine, &vmckptv1.VMRestore{}: mine}},
 		Metrics:                 metricsserver.Options{BindAddress: o.MetricsAddress},
-		HealthProbeBindAddress:  o.ProbeAddress,
 		GracefulShutdownTimeout: &o.GracePeriod,
 	})
 	if err != nil {
@@ -94,14 +99,13 @@ func run(ctx context.Context, o *options) error {
 		RecordDir: o.RecordDir,
 		Slots:     o.Slots,
 		Metrics:   counted,
+
+		OtherNamespaces: o.OtherNamespaces,
 	})
 	if err != nil {
 		return err
 	}
-	if err := manager.AddHealthzCheck("ping", healthz.Ping); err != nil {
-		return err
-	}
-	if err := manager.AddReadyzCheck("ping", healthz.Ping); err != nil {
+	if err := manager.Add(ctrlmanager.RunnableFunc(probes.ready)); err != nil {
 		return err
 	}
 	logger.Info("the node agent begins", "node", o.NodeName, "slots", o.Slots)

@@ -18,6 +18,8 @@ type options struct {
 	RunDir    string
 	RecordDir string
 	HostRoot  string
+
+	OtherNamespaces bool
 }
 
 func parseOptions(args []string, getenv func(string) string) (*options, error) {
@@ -28,6 +30,8 @@ func parseOptions(args []string, getenv func(string) string) (*options, error) {
 	flags.StringVar(&o.RunDir, "run-dir", "/run/vmckpt-agent", "the agent's own directory, in memory")
 	flags.StringVar(&o.RecordDir, "record-dir", dirty.DefaultRecordDir, "where the node keeps session records, in memory")
 	flags.StringVar(&o.HostRoot, "host-root", "/", "where this process sees the node's root directory")
+	flags.BoolVar(&o.OtherNamespaces, "allow-other-namespaces", false,
+		"images of machines of any namespace may be imported and restored by any that has a claim on their volume: for repositories from a cluster with other namespaces")
 	o.AddTo(flags, getenv)
 	if err := o.Parse(flags, args); err != nil {
 		return nil, err

@@ -38,6 +38,9 @@ type Options struct {
 	Engine    Engine // default [Workers]
 	RecordDir string // where session records are kept; default [dirty.DefaultRecordDir]
 
+	// OtherNamespaces permits images to be imported, restored and deleted by objects of another namespace than the images' own.
+	OtherNamespaces bool
+
 	// Slots bounds how many machines are worked on at once; default 2. Each takes as much processor as it gets.
 	Slots int
 

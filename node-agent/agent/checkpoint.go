@@ -2,18 +2,14 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path"
-	"sync"
 	"time"
 
-	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/log"
 
@@ -54,31 +50,14 @@ func (c *checkpoints) Reconcile(ctx context.Context, request ctrl.Request) (ctrl
 	if o.Done() {
 		return ctrl.Result{}, nil
 	}
-	if running, waiting := c.queue.has(key); running || waiting {
-		return ctrl.Result{}, nil
-	}
-	if wait := c.retries.left(key, c.o.Clock.Now()); wait > 0 {
-		return ctrl.Result{RequeueAfter: wait}, nil
-	}
-	waits := c.queue.add(&task{
+	return enqueue(ctx, c.Agent, &o, &task{
 		key: key, created: o.CreationTimestamp.Time, machine: machineName(o.Namespace, o.Status.VMIName),
 		run: func(ctx context.Context) {
 			ctx = log.IntoContext(ctx, log.FromContext(ctx).WithValues("checkpoint", request.NamespacedName))
 			c.run(ctx, key)
 		},
 		ended: c.again, object: o.DeepCopy(),
-	})
-	if !waits {
-		return ctrl.Result{}, nil
-	}
-	err := change(ctx, c.Agent, &o, c.ours, func(o *vmckptv1.VMCheckpoint) bool {
-		if _, waiting := c.queue.has(key); !waiting || hasReason(o.Status.Conditions, vmckptv1.ReasonQueued) || o.Done() {
-			return false
-		}
-		o.Waiting(vmckptv1.ReasonQueued, fmt.Sprintf("waits on node %s: it works on %d machines at once, one checkpoint or restore a machine", c.o.NodeName, c.o.Slots), c.o.Clock.Now())
-		return true
-	})
-	return ctrl.Result{}, ignoreNotOurs(err)
+	}, c.ours)
 }
 
 func (c *checkpoints) ours(o *vmckptv1.VMCheckpoint) bool { return o.Status.NodeName == c.o.NodeName }
@@ -90,8 +69,7 @@ func (c *checkpoints) working(o *vmckptv1.VMCheckpoint) bool {
 
 // run is the task: one attempt.
 func (c *checkpoints) run(ctx context.Context, key taskKey) {
-	logger := log.FromContext(ctx)
-	o := &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: key.name.Namespace, Name: key.name.Name, UID: key.uid}}
+	o := &vmckptv1.VMCheckpoint{ObjectMeta: key.meta()}
 	// The API server's word: the cache may be behind.
 	err := change(ctx, c.Agent, o, c.working, func(o *vmckptv1.VMCheckpoint) bool {
 		now := c.o.Clock.Now()
@@ -107,15 +85,12 @@ func (c *checkpoints) run(ctx context.Context, key taskKey) {
 		return true
 	})
 	if err != nil {
-		if !errors.Is(err, errNotOurs) {
-			c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
-			logger.Error(err, "a checkpoint could not be begun")
-		}
+		c.unwritten(ctx, o, key, err, "a checkpoint could not be begun")
 		return
 	}
-	work, cancel := context.WithTimeoutCause(ctx, timeLeft(o.Status.StartTime, o.Spec.Timeout, c.o.Clock.Now()), errTimeout)
+	work, cancel := c.bounded(ctx, key, o.Status.StartTime, o.Spec.Timeout)
 	defer cancel()
-	outcome, err := c.work(work, o)
+	outcome, err := c.work(work, o, key)
 	if err != nil {
 		c.fail(work, o, key, err)
 		return
@@ -129,18 +104,13 @@ func (c *checkpoints) run(ctx context.Context, key taskKey) {
 		return true
 	})
 	if err != nil {
-		c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
-		logger.Error(ignoreNotOurs(err), "the end of a checkpoint could not be written")
+		c.unwritten(ctx, o, key, err, "the end of a checkpoint could not be written, and its image is on the claim")
+		c.retries.unwritten(key)
 		return
 	}
 	c.retries.forget(key)
-	logger.Info("a checkpoint is ready", "image", outcome.image.Name, "reason", outcome.reason)
+	log.FromContext(ctx).Info("a checkpoint is ready", "image", outcome.image.Name, "reason", outcome.reason)
 	c.event(o, eventNormal, outcome.reason, "Capture", outcome.message)
-}
-
-// timeLeft is what is left of an object's time. A clock that was put back gives it no more than it had.
-func timeLeft(start *metav1.Time, timeout metav1.Duration, now time.Time) time.Duration {
-	return min(start.Add(timeout.Duration).Sub(now), timeout.Duration)
 }
 
 // outcome is an image that is whole.
@@ -150,7 +120,7 @@ type outcome struct {
 }
 
 // work does it, from the claim to the image.
-func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint) (*outcome, error) {
+func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint, key taskKey) (*outcome, error) {
 	cluster, err := c.clusterUID(ctx)
 	if err != nil {
 		return nil, err
@@ -177,24 +147,38 @@ func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint) (*outc
 	if err != nil {
 		return nil, err
 	}
-	progress := report(ctx, c.Agent, func(ctx context.Context, p vmckptv1.Progress) error { return c.writeProgress(ctx, o, p) })
+	repository, _, err := c.knownRepository(ctx, c.client, o.Namespace, o.Spec.Storage.ClaimName)
+	if err != nil {
+		return nil, err
+	}
+	progress := report(ctx, c.Agent, func(ctx context.Context, p vmckptv1.Progress) error {
+		return c.writeProgress(ctx, &vmckptv1.VMCheckpoint{ObjectMeta: key.meta()}, p)
+	})
 	defer progress.stop()
 
 	// An image of this name may be there: that of an agent which died before it could say so, or that of another life of the cluster.
-	name := o.Name
-	if o.Spec.Import != nil {
-		name = o.Spec.Import.Image
+	name := imageName(o)
+	look := jobs.ImageRequest{Image: name, Verify: o.Spec.Import != nil, Sweep: o.Spec.Import == nil}
+	verified := func(p jobs.VerifyProgress) {
+		progress.tell(vmckptv1.Progress{Step: "verifying", DoneBytes: p.DoneBytes, TotalBytes: p.TotalBytes})
 	}
-	found, _, err := tryKeys(keys, func(keyFile string) (*jobs.ImageResult, error) {
-		return c.o.Engine.Image(ctx, jobs.ImageRequest{
-			Repository: repositoryOn(volume, keyFile), Image: name,
-			Verify: o.Spec.Import != nil, Make: o.Spec.Import == nil, Sweep: o.Spec.Import == nil,
-		}, func(p jobs.VerifyProgress) {
-			progress.tell(vmckptv1.Progress{Step: "verifying", DoneBytes: p.DoneBytes, TotalBytes: p.TotalBytes})
-		})
-	})
+	found, _, err := c.find(ctx, volume, repository, keys, look, verified)
+	if jobs.CodeOf(err) == jobs.CodeNoRepository && o.Spec.Import == nil {
+		// Past the cache, which may not show yet what was captured a moment ago, and has this node's alone.
+		_, used, listErr := c.knownRepository(ctx, c.live, o.Namespace, o.Spec.Storage.ClaimName)
+		if listErr != nil {
+			return nil, listErr
+		}
+		if !used {
+			look.Make = true
+			found, _, err = c.find(ctx, volume, repository, keys, look, verified)
+		}
+	}
 	switch {
 	case err == nil && o.Spec.Import != nil:
+		if err := c.checkOwner(o.Namespace, found); err != nil {
+			return nil, err
+		}
 		return &outcome{vmckptv1.ReasonAdopted, fmt.Sprintf("image %s, taken %s, is verified", name, found.Created.Format(time.RFC3339)), found}, nil
 	case err == nil && found.Attributes[attributeUID] == string(o.UID):
 		return captured(found), nil
@@ -209,7 +193,7 @@ func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint) (*outc
 		return nil, err
 	}
 
-	request.Repository = repositoryOn(volume, keys.current)
+	request.Repository = repositoryOn(volume, repository, keys.current)
 	request.OtherKeys = len(keys.all) > 1
 	request.Mode, request.Compression = modes[o.Spec.Mode], compressions[o.Spec.Compression]
 	result, err := c.o.Engine.Capture(ctx, request, func(p capture.Progress) { progress.tell(captureProgress(p)) })
@@ -221,7 +205,7 @@ func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint) (*outc
 		kind = "increment"
 	}
 	c.o.Metrics.captured(kind, result)
-	found, err = c.o.Engine.Image(ctx, jobs.ImageRequest{Repository: request.Repository, Image: name}, func(jobs.VerifyProgress) {})
+	found, err = c.o.Engine.Image(ctx, jobs.ImageRequest{Repository: request.Repository, Image: name}, nil)
 	if err != nil {
 		return nil, fmt.Errorf("look at what was captured: %w", err)
 	}
@@ -247,9 +231,12 @@ func (e *takenError) Error() string {
 
 func (e *takenError) Unwrap() error { return image.ErrExists }
 
-// repositoryOn is the repository of a claim's volume.
-func repositoryOn(volume, keyFile string) jobs.Repository {
-	return jobs.Repository{Volume: volume, Dir: repositoryDir, KeyFile: keyFile}
+// imageName is the name of a checkpoint's image.
+func imageName(o *vmckptv1.VMCheckpoint) string {
+	if o.Spec.Import != nil {
+		return o.Spec.Import.Image
+	}
+	return o.Name
 }
 
 var modes = map[vmckptv1.Mode]capture.Mode{
@@ -268,61 +255,36 @@ func captureProgress(p capture.Progress) vmckptv1.Progress {
 
 const pageBytes = 4096
 
-// writeProgress writes nothing else, and does not mind who wrote in between.
-func (c *checkpoints) writeProgress(ctx context.Context, o *vmckptv1.VMCheckpoint, p vmckptv1.Progress) error {
-	p.Time = metav1.Time{Time: c.o.Clock.Now()}
-	patch, err := progressPatch(o.UID, p)
-	if err != nil {
-		return err
-	}
-	return c.client.Status().Patch(ctx, &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name}}, patch)
-}
-
 // fail does what is to be done about an attempt that came to nothing.
 func (c *checkpoints) fail(ctx context.Context, o *vmckptv1.VMCheckpoint, key taskKey, err error) {
-	what, reason := judge(ctx, err)
-	log.FromContext(ctx).Info("an attempt at a checkpoint came to nothing", "error", err.Error(), "reason", reason)
-	if what == leave {
+	code := jobs.CodeOf(err)
+	// A volume that is not mounted is waited for, as a claim is that is not bound: that takes no time of the object's.
+	absent := code == jobs.CodeNoRepository
+	f := c.weigh(ctx, key, attempt{number: o.Status.Attempts, start: o.Status.StartTime, timeout: o.Spec.Timeout, endless: absent}, err)
+	log.FromContext(ctx).Info("an attempt at a checkpoint came to nothing", "error", err.Error(), "reason", f.reason)
+	if f.verdict == leave {
 		return
 	}
-	c.o.Metrics.captures.WithLabelValues("", string(jobs.CodeOf(err))).Inc()
-	var wait time.Duration
-	if reason == vmckptv1.ReasonTimeout {
-		err = c.retries.timedOut(key, o.Spec.Timeout.Duration, err)
-	}
-	if what == retry {
-		wait = c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
-		if wait > timeLeft(o.Status.StartTime, o.Spec.Timeout, c.o.Clock.Now()) {
-			what = giveUp
-			err = fmt.Errorf("%w; there is no time left for another attempt (timeout %v)", err, o.Spec.Timeout.Duration)
-		}
-	}
-	message := fmt.Sprintf("attempt %d: %v", o.Status.Attempts, err)
-	writeErr := change(context.WithoutCancel(ctx), c.Agent, o, c.working, func(o *vmckptv1.VMCheckpoint) bool {
-		now := c.o.Clock.Now()
+	c.o.Metrics.captures.WithLabelValues("", string(code)).Inc()
+	err = change(context.WithoutCancel(ctx), c.Agent, o, c.working, func(o *vmckptv1.VMCheckpoint) bool {
 		o.Status.Progress = nil
-		switch what {
-		case giveBack:
+		switch {
+		case f.verdict == giveBack:
 			o.Status.NodeName, o.Status.VMIName, o.Status.VMIUID, o.Status.StartTime = "", "", "", nil
-			o.Waiting(reason, err.Error()+"; the checkpoint waits for the machine", now)
-		case retry:
-			o.Waiting(vmckptv1.ReasonRetrying, fmt.Sprintf("%s; tried again in %v", message, wait.Round(time.Second)), now)
-		case giveUp:
-			o.Failed(reason, message, now)
+		case f.verdict == retry && absent:
+			o.Status.StartTime = nil
 		}
+		f.tell(o, c.o.Clock.Now())
 		return true
 	})
-	if writeErr != nil {
-		if what != retry {
-			c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
-		}
-		log.FromContext(ctx).Error(ignoreNotOurs(writeErr), "the failure of a checkpoint could not be written")
+	if err != nil {
+		c.unwritten(ctx, o, key, err, "the failure of a checkpoint could not be written")
 		return
 	}
-	if what != retry {
+	if f.verdict != retry {
 		c.retries.forget(key)
 	}
-	c.event(o, eventWarning, reason, "Capture", message)
+	c.event(o, eventWarning, f.reason, "Capture", f.message)
 }
 
 // describe puts what is known of the image into the status.
@@ -334,7 +296,7 @@ func (r *outcome) describe(o *vmckptv1.VMCheckpoint) {
 	}
 	s := &o.Status
 	s.Image = &vmckptv1.CheckpointImage{
-		Name: i.Name, Path: path.Join(repositoryDir, "images", i.Name), Digest: i.Digest.String(), Kind: kind, Parent: i.Parent, Encrypted: i.Encrypted,
+		Name: i.Name, Path: path.Join(repositoryDir, "images", i.Name), Digest: i.Digest.String(), Repository: i.Repository, Kind: kind, Parent: i.Parent, Encrypted: i.Encrypted,
 	}
 	s.Size = sizeOf(i.OwnBytes)
 	p := i.Pages
@@ -359,145 +321,3 @@ func (r *outcome) describe(o *vmckptv1.VMCheckpoint) {
 
 // mostPauses is how many a status has room for.
 const mostPauses = 64
-
-// deleted brings a checkpoint to its end that was deleted: its work ended, its image removed or left as it wants, its finalizer taken off.
-func (c *checkpoints) deleted(ctx context.Context, o *vmckptv1.VMCheckpoint, key taskKey) (ctrl.Result, error) {
-	if c.queue.cancel(key, errDeleted) {
-		return ctrl.Result{}, nil // the end of the task brings it here again
-	}
-	c.retries.forget(key)
-	if !controllerutil.ContainsFinalizer(o, vmckptv1.Finalizer) {
-		return ctrl.Result{}, nil
-	}
-	if o.Spec.DeletionPolicy != vmckptv1.DeletionRetain {
-		if err := c.removeImage(ctx, o); err != nil {
-			wait := c.retries.after(key, err, c.o.Clock.Now(), c.o.RetryAfter)
-			err := change(ctx, c.Agent, o, c.ours, func(o *vmckptv1.VMCheckpoint) bool {
-				o.Waiting(vmckptv1.ReasonDeleting, fmt.Sprintf("its image cannot be removed: %v; tried again in %v. To let it go without, take the finalizer %s off", err, wait.Round(time.Second), vmckptv1.Finalizer), c.o.Clock.Now())
-				return true
-			})
-			return ctrl.Result{RequeueAfter: wait}, ignoreNotOurs(err)
-		}
-	}
-	c.retries.forget(key)
-	before := o.DeepCopy()
-	controllerutil.RemoveFinalizer(o, vmckptv1.Finalizer)
-	return ctrl.Result{}, client.IgnoreNotFound(c.client.Patch(ctx, o, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})))
-}
-
-// removeImage removes the image of a checkpoint, unless another object stands for it too.
-func (c *checkpoints) removeImage(ctx context.Context, o *vmckptv1.VMCheckpoint) error {
-	name := o.Name
-	if o.Spec.Import != nil {
-		name = o.Spec.Import.Image
-	}
-	var others vmckptv1.VMCheckpointList
-	if err := c.live.List(ctx, &others, client.InNamespace(o.Namespace)); err != nil {
-		return fmt.Errorf("list the checkpoints: %w", err)
-	}
-	for _, other := range others.Items {
-		if other.UID == o.UID || other.Spec.Storage.ClaimName != o.Spec.Storage.ClaimName {
-			continue
-		}
-		stands := other.Status.Image != nil && other.Status.Image.Name == name ||
-			other.Spec.Import != nil && other.Spec.Import.Image == name && !other.Done()
-		if stands && (other.DeletionTimestamp == nil || other.Spec.DeletionPolicy == vmckptv1.DeletionRetain) {
-			return nil
-		}
-	}
-	volume, err := c.o.Volumes.Path(ctx, types.NamespacedName{Namespace: o.Namespace, Name: o.Spec.Storage.ClaimName})
-	if gone := (*VolumeError)(nil); errors.As(err, &gone) && gone.Missing {
-		return nil // and the image with it
-	}
-	if err != nil {
-		return err
-	}
-	keys, err := c.o.Keys.files(ctx)
-	if err != nil {
-		return err
-	}
-	found, keyFile, err := tryKeys(keys, func(keyFile string) (*jobs.ImageResult, error) {
-		return c.o.Engine.Image(ctx, jobs.ImageRequest{Repository: repositoryOn(volume, keyFile), Image: name}, func(jobs.VerifyProgress) {})
-	})
-	switch code := jobs.CodeOf(err); {
-	case err == nil && o.Status.Image == nil && found.Attributes[attributeUID] != string(o.UID):
-		return nil // of another checkpoint: this one has made none
-	case err == nil && o.Status.Image != nil && found.Digest.String() != o.Status.Image.Digest:
-		return nil // another has taken its name since
-	case err == nil:
-	case code == jobs.CodeNotFound:
-		return nil
-	case code == jobs.CodeDamaged && o.Status.Image != nil:
-		keyFile = keys.current // damaged or not, it is this object's
-	default:
-		return err
-	}
-	err = c.o.Engine.Delete(ctx, jobs.DeleteRequest{Repository: repositoryOn(volume, keyFile), Image: name})
-	if jobs.CodeOf(err) == jobs.CodeNotFound {
-		return nil
-	}
-	return err
-}
-
-// retries remembers when objects are tried again. An agent that starts anew tries at once.
-type retries struct {
-	mu sync.Mutex
-	at map[taskKey]retryState
-}
-
-type retryState struct {
-	failures int
-	next     time.Time
-	last     string // what the last failure was
-}
-
-// after notes a failure and returns how long is waited.
-func (r *retries) after(key taskKey, failure error, now time.Time, wait func(int) time.Duration) time.Duration {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	s := r.at[key]
-	s.last = failure.Error()
-	s.failures++
-	d := wait(s.failures)
-	s.next = now.Add(d)
-	if r.at == nil {
-		r.at = map[taskKey]retryState{}
-	}
-	r.at[key] = s
-	return d
-}
-
-// left is how long an object still waits.
-func (r *retries) left(key taskKey, now time.Time) time.Duration {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.at[key].next.Sub(now)
-}
-
-// timedOut says of an object whose time is over what was in the way, rather than what was interrupted.
-func (r *retries) timedOut(key taskKey, timeout time.Duration, err error) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if last := r.at[key].last; last != "" {
-		return fmt.Errorf("not done in %v; the attempt before failed: %s", timeout, last)
-	}
-	return fmt.Errorf("not done in %v: %w", timeout, err)
-}
-
-func (r *retries) forget(key taskKey) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.at, key)
-}
-
-func hasReason(conditions []metav1.Condition, reason string) bool {
-	c := meta.FindStatusCondition(conditions, vmckptv1.ConditionProgressing)
-	return c != nil && c.Reason == reason
-}
-
-func ignoreNotOurs(err error) error {
-	if errors.Is(err, errNotOurs) {
-		return nil
-	}
-	return err
-}

@@ -114,11 +114,10 @@ func TestImages(t *testing.T) {
 	}
 
 	// Of another's name.
-	r.must(os.Rename(filepath.Join(volume, "vmckpt"), filepath.Join(volume, "kept")))
-	taken := r.checkpoint("taken", vmi, nil)
+	taken := r.checkpoint("taken", vmi, func(c *vmckptv1.VMCheckpoint) { c.Spec.Mode = vmckptv1.ModeFull })
 	r.ready(taken, vmckptv1.ReasonCaptured)
 	missing := r.checkpoint("missing", nil, func(c *vmckptv1.VMCheckpoint) {
-		c.Spec.Import, c.Spec.Timeout = &vmckptv1.Import{Image: "first"}, metav1.Duration{Duration: time.Second}
+		c.Spec.Import, c.Spec.Timeout = &vmckptv1.Import{Image: "nothing"}, metav1.Duration{Duration: time.Second}
 	})
 	wait(r, missing, "an import of what is not there", done)
 	if got := message(missing.Status.Conditions); missing.Ready() || !strings.Contains(got, "not found") {
@@ -335,14 +334,11 @@ func TestKeys(t *testing.T) {
 	there := newRig(t)
 	there.claimOf("claim", volume)
 	there.keys("mine", map[string]string{"mine": keyText(9)})
-	there.agent("node-there", nil)
+	there.agent("node-there", func(o *agent.Options) { o.OtherNamespaces = true })
 	arrive := func(name string) *vmckptv1.VMCheckpoint {
-		c := there.checkpoint(name, nil, func(c *vmckptv1.VMCheckpoint) {
+		return there.checkpointOn("node-there", name, nil, func(c *vmckptv1.VMCheckpoint) {
 			c.Spec.Import, c.Spec.DeletionPolicy = &vmckptv1.Import{Image: "youngest"}, vmckptv1.DeletionRetain
 		})
-		c.Status.NodeName = "node-there"
-		there.must(there.Status().Update(t.Context(), c))
-		return c
 	}
 	without := arrive("without")
 	wait(there, without, "the import without its key", done)

@@ -13,5 +13,9 @@
 //     task is written until the API server takes it.
 //   - Whatever died before is gone on with: an image that a dead agent sealed is found by its name and attributes and taken as the result; what
 //     was half written is swept; a restore that had begun to overwrite memory is done again, from the start.
+//   - How a restore leaves a machine that it does not finish stands in notes on the node, whatever becomes of the object; the object's conditions
+//     follow. A machine is never resumed by anybody but the worker that stopped it, or whoever saw that worker die.
+//   - A repository that a checkpoint says is on a claim is never made anew there, and an image in one that is missing does not count as gone.
+//   - An image belongs to the namespace of its machine.
 //   - An agent that ends asks its captures to end in order, and brings a restore that has begun to overwrite memory to its end.
 package agent

@@ -22,6 +22,9 @@ type gate struct {
 	restored int
 	fail     []error // what the next restores end with, in place of their work
 
+	// at is told where a restore stands, by the one goroutine that reads it from the worker.
+	at func(worker int, p restore.Progress)
+
 	restoredAfter chan struct{} // closed when a restore is done, and onRestored was called
 	onRestored    func()
 }
@@ -64,7 +67,16 @@ func (g *gate) Restore(ctx context.Context, r jobs.RestoreRequest, progress func
 	if fail != nil {
 		return nil, fail
 	}
-	result, err := g.Workers.Restore(ctx, r, progress)
+	worker := 0
+	result, err := jobs.Restore(ctx, r, jobs.Handlers[restore.Progress]{
+		Started: func(pid int) { worker = pid },
+		Progress: func(p restore.Progress) {
+			progress(p)
+			if g.at != nil {
+				g.at(worker, p)
+			}
+		},
+	})
 	if g.onRestored != nil {
 		g.onRestored()
 		close(g.restoredAfter)

@@ -82,6 +82,43 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
+// allReady waits until so many checkpoints are ready, and all that there are.
+func (r *rig) allReady(many int, within time.Duration) []vmckptv1.VMCheckpoint {
+	r.Helper()
+	for until := time.Now().Add(within); ; time.Sleep(200 * time.Millisecond) {
+		var list vmckptv1.VMCheckpointList
+		r.must(r.List(r.Context(), &list, client.InNamespace(r.namespace)))
+		ready := 0
+		for i := range list.Items {
+			if o := &list.Items[i]; o.Ready() {
+				ready++
+			} else if o.Done() {
+				r.Fatalf("%s: %s", o.Name, message(o.Status.Conditions))
+			}
+		}
+		if ready == many {
+			return list.Items
+		}
+		if time.Now().After(until) {
+			r.Fatalf("%d of %d are ready", ready, many)
+		}
+	}
+}
+
+// atOnce makes so many checkpoints, of one machine after the other.
+func (r *rig) atOnce(many int, vmis []*kubevirtv1.VirtualMachineInstance) {
+	r.Helper()
+	var makers sync.WaitGroup
+	for part := range 8 {
+		makers.Go(func() {
+			for i := part; i < many; i += 8 {
+				r.checkpoint(fmt.Sprintf("c-%04d", i), vmis[i%len(vmis)], nil)
+			}
+		})
+	}
+	makers.Wait()
+}
+
 // TestThousand checkpoints at once, of a hundred machines: a bounded number is worked on, one a machine, the oldest first; each costs the API
 // server a few calls, and the agent little memory.
 func TestThousand(t *testing.T) {
@@ -95,36 +132,12 @@ func TestThousand(t *testing.T) {
 		r.must(r.Create(t.Context(), vmi))
 		vmis = append(vmis, vmi)
 	}
-	var makers sync.WaitGroup
-	for part := range 8 {
-		makers.Go(func() {
-			for i := part; i < many; i += 8 {
-				r.checkpoint(fmt.Sprintf("c-%04d", i), vmis[i%machines], nil)
-			}
-		})
-	}
-	makers.Wait()
-
+	r.atOnce(many, vmis)
 	engine := &crowd{busy: map[string]bool{}, sealed: map[string]*jobs.ImageResult{}}
 	calls := &counter{}
 	begin := time.Now()
 	stop := r.agentCounted(node, calls, func(o *agent.Options) { o.Engine, o.Slots = engine, slots })
-	var list vmckptv1.VMCheckpointList
-	for until := time.Now().Add(3 * bound); ; time.Sleep(200 * time.Millisecond) {
-		r.must(r.List(t.Context(), &list, client.InNamespace(r.namespace)))
-		ready := 0
-		for i := range list.Items {
-			if list.Items[i].Ready() {
-				ready++
-			}
-		}
-		if ready == many {
-			break
-		}
-		if time.Now().After(until) {
-			t.Fatalf("%d of %d are ready", ready, many)
-		}
-	}
+	r.allReady(many, 3*bound)
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
 	reads, writes := calls.reads.Load(), calls.writes.Load()

@@ -10,6 +10,7 @@ import (
 type Metrics struct {
 	captures        *prometheus.CounterVec
 	restores        *prometheus.CounterVec
+	refused         *prometheus.CounterVec
 	pauses          *prometheus.HistogramVec
 	captureSeconds  *prometheus.HistogramVec
 	restoreSeconds  prometheus.Histogram
@@ -27,6 +28,9 @@ func NewMetrics() *Metrics {
 		restores: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "vmckpt_restores_total", Help: "Restores that came to an end, by result (ok, or the error's code).",
 		}, []string{"result"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "vmckpt_status_refused_total", Help: "Statuses that the API server refused for another reason than that of a busy one, by kind of object.",
+		}, []string{"kind"}),
 		pauses: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "vmckpt_capture_pause_seconds",
 			Help:    "How long guests stood still for captures, one observation a pause, by what for (instant, barrier).",
@@ -48,7 +52,7 @@ func NewMetrics() *Metrics {
 
 // Collectors returns all of them.
 func (m *Metrics) Collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.captures, m.restores, m.pauses, m.captureSeconds, m.restoreSeconds, m.storedBytes, m.waiting, m.active}
+	return []prometheus.Collector{m.captures, m.restores, m.refused, m.pauses, m.captureSeconds, m.restoreSeconds, m.storedBytes, m.waiting, m.active}
 }
 
 func (m *Metrics) queue(waiting, running int) {

@@ -2,8 +2,8 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -42,31 +42,14 @@ func (r *restores) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Re
 	if o.Done() {
 		return ctrl.Result{}, nil
 	}
-	if running, waiting := r.queue.has(key); running || waiting {
-		return ctrl.Result{}, nil
-	}
-	if wait := r.retries.left(key, r.o.Clock.Now()); wait > 0 {
-		return ctrl.Result{RequeueAfter: wait}, nil
-	}
-	waits := r.queue.add(&task{
+	return enqueue(ctx, r.Agent, &o, &task{
 		key: key, created: o.CreationTimestamp.Time, machine: machineName(o.Namespace, o.Status.VMIName),
 		run: func(ctx context.Context) {
 			ctx = log.IntoContext(ctx, log.FromContext(ctx).WithValues("restore", request.NamespacedName))
 			r.run(ctx, key)
 		},
 		ended: r.again, object: o.DeepCopy(),
-	})
-	if !waits {
-		return ctrl.Result{}, nil
-	}
-	err := change(ctx, r.Agent, &o, r.ours, func(o *vmckptv1.VMRestore) bool {
-		if _, waiting := r.queue.has(key); !waiting || hasReason(o.Status.Conditions, vmckptv1.ReasonQueued) || o.Done() {
-			return false
-		}
-		o.Waiting(vmckptv1.ReasonQueued, fmt.Sprintf("waits on node %s: it works on %d machines at once, one checkpoint or restore a machine", r.o.NodeName, r.o.Slots), r.o.Clock.Now())
-		return true
-	})
-	return ctrl.Result{}, ignoreNotOurs(err)
+	}, r.ours)
 }
 
 func (r *restores) ours(o *vmckptv1.VMRestore) bool { return o.Status.NodeName == r.o.NodeName }
@@ -76,37 +59,42 @@ func (r *restores) working(o *vmckptv1.VMRestore) bool { return r.ours(o) && !o.
 
 // run is the task: one attempt.
 func (r *restores) run(ctx context.Context, key taskKey) {
-	logger := log.FromContext(ctx)
-	o := &vmckptv1.VMRestore{ObjectMeta: metav1.ObjectMeta{Namespace: key.name.Namespace, Name: key.name.Name, UID: key.uid}}
+	o := &vmckptv1.VMRestore{ObjectMeta: key.meta()}
 	begin := func(o *vmckptv1.VMRestore) bool {
 		return r.working(o) && o.DeletionTimestamp == nil && o.Status.Image != nil
 	}
 	err := change(ctx, r.Agent, o, begin, func(o *vmckptv1.VMRestore) bool {
 		now := r.o.Clock.Now()
-		// One that was cut short may have begun to overwrite memory, and gets all its time again.
-		if o.Status.StartTime == nil || hasReason(o.Status.Conditions, vmckptv1.ReasonRunning) {
+		if o.Status.StartTime == nil {
 			o.Status.StartTime = &metav1.Time{Time: now}
 		}
 		o.Status.Attempts++
+		// What an agent left that died before it could say so.
+		if left, err := r.howLeft(ctx, o); err == nil && left != (jobs.Left{}) {
+			say(o, left, now)
+		}
 		o.Waiting(vmckptv1.ReasonRunning, fmt.Sprintf("image %s is being restored on node %s", o.Status.Image.Image, r.o.NodeName), now)
 		return true
 	})
 	if err != nil {
-		if !errors.Is(err, errNotOurs) {
-			r.retries.after(key, err, r.o.Clock.Now(), r.o.RetryAfter)
-			logger.Error(err, "a restore could not be begun")
-		}
+		r.unwritten(ctx, o, key, err, "a restore could not be begun")
 		return
 	}
-	timed, cancel := context.WithTimeoutCause(ctx, timeLeft(o.Status.StartTime, o.Spec.Timeout, r.o.Clock.Now()), errTimeout)
-	defer cancel()
+	timed := ctx
+	if !o.Unfinished() { // a machine that was left as it cannot stay is not given up for want of time
+		var cancel context.CancelFunc
+		timed, cancel = r.bounded(ctx, key, o.Status.StartTime, o.Spec.Timeout)
+		defer cancel()
+	}
 	// Done by an agent that could not say so any more: it is not done again, since the guest has gone on.
 	done, err := r.readNote(key.uid)
 	if err == nil && done == nil {
 		done = &note{}
 		// A restore that is overwriting memory goes on to its end whatever becomes of this context.
-		if done.Result, done.Found, err = r.work(timed, o); err == nil {
+		if done.Result, done.Found, err = r.work(timed, o, key); err == nil {
 			r.writeNote(ctx, key.uid, done)
+			r.o.Metrics.restores.WithLabelValues("ok").Inc()
+			r.o.Metrics.restoreSeconds.Observe(done.Result.Duration.Seconds())
 		}
 	}
 	if err != nil {
@@ -117,8 +105,6 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 		return
 	}
 	result, found := done.Result, done.Found
-	r.o.Metrics.restores.WithLabelValues("ok").Inc()
-	r.o.Metrics.restoreSeconds.Observe(result.Duration.Seconds())
 	state := "stands paused"
 	if o.Spec.After != vmckptv1.AfterPause {
 		state = "goes on"
@@ -137,13 +123,13 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 		return true
 	})
 	if err != nil {
-		r.retries.after(key, err, r.o.Clock.Now(), r.o.RetryAfter)
-		logger.Error(ignoreNotOurs(err), "the end of a restore could not be written")
+		r.unwritten(ctx, o, key, err, "the end of a restore could not be written, which is complete")
 		return
 	}
 	r.retries.forget(key)
 	r.forgetNote(key.uid)
-	logger.Info("a machine is restored", "image", found.Name)
+	r.madeWhole(ctx, o)
+	log.FromContext(ctx).Info("a machine is restored", "image", found.Name)
 	r.event(o, eventNormal, vmckptv1.ReasonRestored, "Restore", message)
 }
 
@@ -151,7 +137,7 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 const mostWarnings = 16
 
 // work does it.
-func (r *restores) work(ctx context.Context, o *vmckptv1.VMRestore) (*restore.Result, *jobs.ImageResult, error) {
+func (r *restores) work(ctx context.Context, o *vmckptv1.VMRestore, key taskKey) (*restore.Result, *jobs.ImageResult, error) {
 	vmi, err := r.findVMI(ctx, types.NamespacedName{Namespace: o.Namespace, Name: o.Status.VMIName}, o.Status.VMIUID)
 	if err != nil {
 		return nil, nil, err
@@ -164,96 +150,114 @@ func (r *restores) work(ctx context.Context, o *vmckptv1.VMRestore) (*restore.Re
 	if err != nil {
 		return nil, nil, err
 	}
-	found, keyFile, err := tryKeys(keys, func(keyFile string) (*jobs.ImageResult, error) {
-		return r.o.Engine.Image(ctx, jobs.ImageRequest{Repository: repositoryOn(volume, keyFile), Image: o.Status.Image.Image}, func(jobs.VerifyProgress) {})
-	})
+	repository, _, err := r.knownRepository(ctx, r.client, o.Namespace, o.Status.Image.ClaimName)
+	if err != nil {
+		return nil, nil, err
+	}
+	found, keyFile, err := r.find(ctx, volume, repository, keys, jobs.ImageRequest{Image: o.Status.Image.Image}, nil)
 	if err != nil {
 		return nil, nil, err
 	}
 	if digest := o.Status.Digest; digest != "" && digest != found.Digest.String() {
-		return nil, nil, &otherImageError{name: found.Name, want: digest, found: found.Digest.String()}
+		return nil, nil, &unfitError{"OtherImage", fmt.Sprintf(
+			"image %s on the claim is not the checkpoint's: its manifest has digest %s, and the checkpoint says %s", found.Name, found.Digest, digest)}
 	}
-	progress := report(context.WithoutCancel(ctx), r.Agent, func(ctx context.Context, p vmckptv1.Progress) error { return r.writeProgress(ctx, o, p) })
+	if err := r.checkOwner(o.Namespace, found); err != nil {
+		return nil, nil, err
+	}
+	marked := false // as the API server knows
+	progress := report(context.WithoutCancel(ctx), r.Agent, func(ctx context.Context, p restoreProgress) error {
+		if p.memoryInvalid && !marked {
+			err := r.writeMark(ctx, key)
+			marked = err == nil
+			return err
+		}
+		return r.writeProgress(ctx, &vmckptv1.VMRestore{ObjectMeta: key.meta()}, p.Progress)
+	})
 	defer progress.stop()
+	told := false
 	result, err := r.o.Engine.Restore(ctx, jobs.RestoreRequest{
-		VM: machineOf(vmi), Repository: repositoryOn(volume, keyFile), Image: found.Name,
+		VM: machineOf(vmi), Repository: repositoryOn(volume, repository, keyFile), Image: found.Name,
 		InPlace: o.Spec.Target.Mode == vmckptv1.RestoreInPlace, Run: o.Spec.After != vmckptv1.AfterPause, RecordDir: r.o.RecordDir,
 	}, func(p restore.Progress) {
-		progress.tell(vmckptv1.Progress{Step: p.Phase, DoneBytes: p.DoneBytes, TotalBytes: p.TotalBytes})
+		progress.tell(restoreProgress{vmckptv1.Progress{Step: p.Phase, DoneBytes: p.DoneBytes, TotalBytes: p.TotalBytes}, p.MemoryInvalid})
+		if p.MemoryInvalid && !told {
+			told = true
+			progress.hurry()
+		}
 	})
 	return result, found, err
 }
 
-// otherImageError says that the image is not the one that the checkpoint's object stands for.
-type otherImageError struct{ name, want, found string }
-
-func (e *otherImageError) Error() string {
-	return fmt.Sprintf("image %s on the claim is not the checkpoint's: its manifest has digest %s, and the checkpoint says %s", e.name, e.found, e.want)
+// restoreProgress is what is told of a restore at work.
+type restoreProgress struct {
+	vmckptv1.Progress
+	memoryInvalid bool
 }
 
-func (r *restores) writeProgress(ctx context.Context, o *vmckptv1.VMRestore, p vmckptv1.Progress) error {
-	p.Time = metav1.Time{Time: r.o.Clock.Now()}
-	patch, err := progressPatch(o.UID, p)
-	if err != nil {
-		return err
-	}
-	return r.client.Status().Patch(ctx, &vmckptv1.VMRestore{ObjectMeta: metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name}}, patch)
+// writeMark says that the machine's memory is being overwritten. The restore does not wait for it.
+func (r *restores) writeMark(ctx context.Context, key taskKey) error {
+	return change(ctx, r.Agent, &vmckptv1.VMRestore{ObjectMeta: key.meta()}, r.working, func(o *vmckptv1.VMRestore) bool {
+		now := r.o.Clock.Now()
+		o.SetMemoryInvalid(true, "the virtual machine's memory is being overwritten: it stands paused, and must not run until the restore is complete", now)
+		o.SetLeftStopped(false, "the virtual machine's memory is being overwritten", now)
+		return true
+	})
 }
 
 // fail does what is to be done about an attempt that came to nothing.
 func (r *restores) fail(ctx context.Context, o *vmckptv1.VMRestore, key taskKey, err error) {
-	what, reason := judge(ctx, err)
-	if other := (*otherImageError)(nil); errors.As(err, &other) {
-		what, reason = giveUp, "OtherImage"
-	}
 	code := jobs.CodeOf(err)
-	log.FromContext(ctx).Info("an attempt at a restore came to nothing", "error", err.Error(), "reason", reason)
-	if what == leave {
+	left, leftErr := r.howLeft(context.WithoutCancel(ctx), o)
+	switch { // how it was left by this attempt, which may have been with a machine that cannot be found any more
+	case code == jobs.CodeLost:
+		left, leftErr = jobs.Left{MemoryInvalid: true}, nil
+	case code == jobs.CodeStopped:
+		left, leftErr = jobs.Left{Stopped: true}, nil
+	}
+	unfinished := left != jobs.Left{} || leftErr != nil && o.Unfinished()
+	absent := code == jobs.CodeNoRepository
+	f := r.weigh(ctx, key, attempt{number: o.Status.Attempts, start: o.Status.StartTime, timeout: o.Spec.Timeout, endless: unfinished || absent}, err)
+	log.FromContext(ctx).Info("an attempt at a restore came to nothing", "error", err.Error(), "reason", f.reason)
+	if f.verdict == leave {
 		return
 	}
 	r.o.Metrics.restores.WithLabelValues(string(code)).Inc()
-	var wait time.Duration
-	if reason == vmckptv1.ReasonTimeout {
-		err = r.retries.timedOut(key, o.Spec.Timeout.Duration, err)
+	reason, text := advice(left)
+	if text != "" {
+		f.message += ". " + strings.ToUpper(text[:1]) + text[1:]
 	}
-	if what == retry {
-		wait = r.retries.after(key, err, r.o.Clock.Now(), r.o.RetryAfter)
-		// A machine that must not run as it is, or that we have stopped, is not given up for want of time.
-		mustEnd := code == jobs.CodeLost || code == jobs.CodeStopped || meta.IsStatusConditionTrue(o.Status.Conditions, vmckptv1.ConditionMemoryInvalid)
-		if !mustEnd && wait > timeLeft(o.Status.StartTime, o.Spec.Timeout, r.o.Clock.Now()) {
-			what = giveUp
-			err = fmt.Errorf("%w; there is no time left for another attempt (timeout %v)", err, o.Spec.Timeout.Duration)
-		}
-	}
-	message := fmt.Sprintf("attempt %d: %v", o.Status.Attempts, err)
-	writeErr := change(context.WithoutCancel(ctx), r.Agent, o, r.working, func(o *vmckptv1.VMRestore) bool {
+	err = change(context.WithoutCancel(ctx), r.Agent, o, r.working, func(o *vmckptv1.VMRestore) bool {
 		now := r.o.Clock.Now()
 		o.Status.Progress = nil
-		if code == jobs.CodeLost {
-			o.SetMemoryInvalid(true, "the machine's memory is half overwritten; it stands paused and must not run: only a restore makes it whole", now)
+		if leftErr == nil {
+			say(o, left, now)
 		}
-		switch what {
-		case giveBack:
+		switch {
+		case f.verdict == giveBack:
 			o.Status.NodeName, o.Status.VMIName, o.Status.VMIUID, o.Status.StartTime = "", "", "", nil
-			o.Waiting(reason, err.Error()+"; the restore waits for the machine", now)
-		case retry:
-			o.Waiting(vmckptv1.ReasonRetrying, fmt.Sprintf("%s; tried again in %v", message, wait.Round(time.Second)), now)
-		case giveUp:
-			o.Failed(reason, message, now)
+		case f.verdict == retry && absent:
+			o.Status.StartTime = nil
 		}
+		f.tell(o, now)
 		return true
 	})
-	if writeErr != nil {
-		log.FromContext(ctx).Error(ignoreNotOurs(writeErr), "the failure of a restore could not be written")
+	if err != nil {
+		r.unwritten(ctx, o, key, err, "the failure of a restore could not be written")
 		return
 	}
-	if what != retry {
+	if f.verdict != retry {
 		r.retries.forget(key)
 	}
-	r.event(o, eventWarning, reason, "Restore", message)
+	r.event(o, eventWarning, f.reason, "Restore", f.message)
+	if text != "" {
+		r.warnMachine(ctx, o, reason, "Restore", fmt.Sprintf("restore %s: %s", o.Name, text))
+	}
 }
 
-// deleted brings a restore to its end that was deleted. One that has begun to overwrite memory is waited for.
+// deleted brings a restore to its end that was deleted. An attempt that has begun to overwrite memory is waited for. One that was torn before does
+// not hold the object: as long as it is there no other restore of the machine begins, and only another one, of another checkpoint perhaps, makes
+// the machine whole. The node's mark stays, which keeps it from being captured; it is not resumed; and it is told that it must not run.
 func (r *restores) deleted(ctx context.Context, o *vmckptv1.VMRestore, key taskKey) (ctrl.Result, error) {
 	if r.queue.cancel(key, errDeleted) {
 		return ctrl.Result{}, nil // the end of the task brings it here again
@@ -263,7 +267,16 @@ func (r *restores) deleted(ctx context.Context, o *vmckptv1.VMRestore, key taskK
 	if !controllerutil.ContainsFinalizer(o, vmckptv1.Finalizer) {
 		return ctrl.Result{}, nil
 	}
-	before := o.DeepCopy()
-	controllerutil.RemoveFinalizer(o, vmckptv1.Finalizer)
-	return ctrl.Result{}, client.IgnoreNotFound(r.client.Patch(ctx, o, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})))
+	left, err := r.howLeft(ctx, o)
+	if err != nil {
+		log.FromContext(ctx).Info("how a machine was left cannot be seen", "error", err.Error())
+		left.MemoryInvalid = meta.IsStatusConditionTrue(o.Status.Conditions, vmckptv1.ConditionMemoryInvalid)
+	}
+	if reason, text := advice(left); text != "" {
+		text = fmt.Sprintf("restore %s was deleted: %s", o.Name, text)
+		log.FromContext(ctx).Info("a restore was deleted that has left its machine as it cannot stay", "restore", key.name, "reason", reason)
+		r.event(o, eventWarning, reason, "Delete", text)
+		r.warnMachine(ctx, o, reason, "Delete", text)
+	}
+	return ctrl.Result{}, r.letGo(ctx, o)
 }

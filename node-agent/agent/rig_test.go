@@ -126,20 +126,26 @@ func (r *rig) must(err error) {
 	}
 }
 
-// machine starts a machine that writes, and shows it as an instance on this node.
+// machine starts a machine that writes, and shows it.
 func (r *rig) machine(name string, paused bool) (*machine.Machine, *kubevirtv1.VirtualMachineInstance) {
 	r.Helper()
 	m := machine.Start(r.TB.(*testing.T), machine.Options{
 		Name: r.namespace + "_" + name, UUID: "dd75a760-ca42-402a-9170-c596ddd06a4e", MemoryBytes: 64 * machine.MiB, Paused: paused,
 		Guest: machine.Writer{Percent: 50, Parameters: writer.Parameters{Random: true, PagesPerPass: 20, Spin: 1_000_000}},
 	})
+	return m, r.instance(name, m)
+}
+
+// instance shows a machine as an instance on this node.
+func (r *rig) instance(name string, m *machine.Machine) *kubevirtv1.VirtualMachineInstance {
+	r.Helper()
 	vmi := &kubevirtv1.VirtualMachineInstance{ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: name}}
 	vmi.Spec.Domain.Firmware = &kubevirtv1.Firmware{UUID: types.UID(m.Options().UUID)}
 	r.must(client.IgnoreAlreadyExists(r.Create(r.Context(), vmi)))
 	r.must(r.Get(r.Context(), client.ObjectKeyFromObject(vmi), vmi))
 	vmi.Status.NodeName, vmi.Status.Phase = node, kubevirtv1.Running
 	r.must(r.Update(r.Context(), vmi)) // the type has no status subresource
-	return m, vmi
+	return vmi
 }
 
 // agent starts an agent, which ends with the test or by stop.
@@ -186,8 +192,20 @@ func (r *rig) agentCounted(name string, calls *counter, change func(*agent.Optio
 	return stop
 }
 
+// onNode shows an instance on a node.
+func (r *rig) onNode(vmi *kubevirtv1.VirtualMachineInstance, node string) {
+	r.Helper()
+	vmi.Status.NodeName = node
+	r.must(r.Update(r.Context(), vmi))
+}
+
 // checkpoint makes a checkpoint and binds it as the controller would.
 func (r *rig) checkpoint(name string, vmi *kubevirtv1.VirtualMachineInstance, change func(*vmckptv1.VMCheckpoint)) *vmckptv1.VMCheckpoint {
+	r.Helper()
+	return r.checkpointOn(node, name, vmi, change)
+}
+
+func (r *rig) checkpointOn(node, name string, vmi *kubevirtv1.VirtualMachineInstance, change func(*vmckptv1.VMCheckpoint)) *vmckptv1.VMCheckpoint {
 	r.Helper()
 	c := &vmckptv1.VMCheckpoint{ObjectMeta: metav1.ObjectMeta{Namespace: r.namespace, Name: name, Finalizers: []string{vmckptv1.Finalizer}}}
 	c.Spec.Source = vmckptv1.VMReference{Kind: vmckptv1.KindVirtualMachineInstance, Name: "vm"}
@@ -226,6 +244,11 @@ func (r *rig) unbound(name, image string, vmi *kubevirtv1.VirtualMachineInstance
 }
 
 func (r *rig) bind(o *vmckptv1.VMRestore, vmi *kubevirtv1.VirtualMachineInstance) {
+	r.Helper()
+	r.bindOn(node, o, vmi)
+}
+
+func (r *rig) bindOn(node string, o *vmckptv1.VMRestore, vmi *kubevirtv1.VirtualMachineInstance) {
 	r.Helper()
 	o.Status.NodeName, o.Status.VMIName, o.Status.VMIUID = node, vmi.Name, vmi.UID
 	o.Status.Image = o.Spec.Source.Volume

@@ -11,9 +11,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 )
 
-// repositoryDir is the directory of a claim's volume in which the repository lies.
-const repositoryDir = "vmckpt"
-
 // Volumes finds the volume of a claim in this node's file system.
 type Volumes interface {
 	// Path returns the directory where the volume can be written to. A [*VolumeError] says that it cannot be, for now or for good.

@@ -27,6 +27,7 @@ const (
 	CodeAmbiguous    Code = "ambiguous"     // more than one QEMU is what was asked for
 	CodeUnreachable  Code = "unreachable"   // the QEMU is there, its monitor does not answer or there is none
 	CodeNotFound     Code = "not-found"     // no such image, repository or key file
+	CodeNoRepository Code = "no-repository" // a volume has not the repository that it should: it may not be mounted
 	CodeExists       Code = "exists"        // an image of that name is there already, or something in a directory that was to become a repository
 	CodeKey          Code = "key"           // the key file cannot be used
 	CodeRefused      Code = "refused"       // the VM cannot be captured truly, or what was to be deleted is no image
@@ -97,6 +98,8 @@ func CodeOf(err error) Code {
 		return CodeExists
 	case errors.Is(err, image.ErrNotImage):
 		return CodeRefused
+	case noRepository(err):
+		return CodeNoRepository
 	case errors.Is(err, image.ErrNotFound), errors.Is(err, image.ErrNotDirectory):
 		return CodeNotFound
 	case as[*KeyError](err) != nil:
@@ -120,6 +123,12 @@ func ofFile(err error) bool {
 	}
 	path, links := as[*fs.PathError](err), as[*os.LinkError](err)
 	return path != nil && !strings.HasPrefix(path.Path, "/proc/") || links != nil
+}
+
+// noRepository tells a volume without its repository from a directory that somebody named.
+func noRepository(err error) bool {
+	missing := as[*NoRepositoryError](err)
+	return missing != nil && missing.Volume != "" || as[*OtherRepositoryError](err) != nil
 }
 
 // refusedCode tells a refusal that will pass from one that will not.

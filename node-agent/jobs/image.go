@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"time"
 
 	"github.com/vmckpt/vmckpt/image"
@@ -26,7 +27,8 @@ type ImageRequest struct {
 // ImageResult is what an image says of itself.
 type ImageResult struct {
 	Name       string            `json:"name"`
-	Digest     image.Digest      `json:"digest"` // of its manifest
+	Digest     image.Digest      `json:"digest"`     // of its manifest
+	Repository string            `json:"repository"` // the id of the one that it lies in
 	Created    time.Time         `json:"created"`
 	Parent     string            `json:"parent,omitempty"`
 	Encrypted  bool              `json:"encrypted,omitempty"`
@@ -44,7 +46,8 @@ type VerifyProgress struct {
 	TotalBytes int64 `json:"totalBytes"`
 }
 
-// Image returns what is known of an image, in a worker. One that is not there, or whose repository is not, is an error of [CodeNotFound].
+// Image returns what is known of an image, in a worker. One that is not there is an error of [CodeNotFound]; so is one whose
+// repository is not, but on a volume, where that is [CodeNoRepository].
 func Image(ctx context.Context, r ImageRequest, h Handlers[VerifyProgress]) (*ImageResult, error) {
 	return do[ImageResult](ctx, nameImage, r, h)
 }
@@ -78,7 +81,7 @@ func runImage(ctx context.Context, r ImageRequest, progress func(any)) (*ImageRe
 	}
 	m := img.Manifest()
 	result := &ImageResult{
-		Name: m.Name, Digest: img.Digest(), Created: m.Created, Encrypted: m.Encrypted(),
+		Name: m.Name, Digest: img.Digest(), Repository: m.Repository.String(), Created: m.Created, Encrypted: m.Encrypted(),
 		Attributes: m.Attributes, Pages: m.Pages, OwnBytes: m.OwnBytes(),
 	}
 	if m.Parent != nil {
@@ -97,10 +100,14 @@ func (r Repository) make() error {
 	if r.Volume != "" {
 		create = func() error { return image.InitRepositoryOn(r.Volume, r.Dir) }
 	}
-	if err := create(); err != nil && !errors.Is(err, image.ErrExists) {
-		return err
+	err := create()
+	switch {
+	case errors.Is(err, image.ErrExists):
+		return nil
+	case r.Volume != "" && errors.Is(err, fs.ErrNotExist): // the volume itself
+		return &NoRepositoryError{r.Dir, r.Volume}
 	}
-	return nil
+	return err
 }
 
 // DeleteRequest asks for an image to be removed.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"github.com/vmckpt/vmckpt/image"
@@ -96,6 +97,8 @@ type Repository struct {
 
 	// Volume, where set, is the root of a volume that somebody else owns, and Dir a directory on it, named from there.
 	Volume string `json:"volume,omitempty"`
+	// ID, where set, is that of the repository which it has to be: a volume that is not mounted shows what lies beneath it.
+	ID string `json:"id,omitempty"`
 }
 
 // KeyError says that the keys could not be had: nothing is known of the repository then.
@@ -105,11 +108,26 @@ func (e *KeyError) Error() string { return e.Err.Error() }
 func (e *KeyError) Unwrap() error { return e.Err }
 
 // NoRepositoryError says that a directory has no repository in it, or is not there. It is an [image.ErrNotFound].
-type NoRepositoryError struct{ Dir string }
+type NoRepositoryError struct {
+	Dir    string
+	Volume string // on which it was looked for; "" for none
+}
 
-func (e *NoRepositoryError) Error() string { return fmt.Sprintf("there is no repository in %s", e.Dir) }
+func (e *NoRepositoryError) Error() string {
+	if e.Volume != "" {
+		return fmt.Sprintf("there is no repository on the volume at %s: is it mounted?", e.Volume)
+	}
+	return fmt.Sprintf("there is no repository in %s", e.Dir)
+}
 
 func (e *NoRepositoryError) Unwrap() error { return image.ErrNotFound }
+
+// OtherRepositoryError says that a repository is not the one that was meant.
+type OtherRepositoryError struct{ Path, Want, Found string }
+
+func (e *OtherRepositoryError) Error() string {
+	return fmt.Sprintf("the repository in %s is another (%s) than the one with the claim's images (%s): is the volume mounted?", e.Path, e.Found, e.Want)
+}
 
 // Open opens the repository.
 func (r Repository) Open() (*image.Repository, error) {
@@ -124,9 +142,16 @@ func (r Repository) Open() (*image.Repository, error) {
 		repository, err = image.OpenRepository(r.Dir, keys)
 	}
 	if errors.Is(err, image.ErrNotFound) {
-		return nil, &NoRepositoryError{r.Dir}
+		return nil, &NoRepositoryError{r.Dir, r.Volume}
 	}
-	return repository, err
+	if err != nil {
+		return nil, err
+	}
+	if found := repository.ID().String(); r.ID != "" && found != r.ID {
+		repository.Close()
+		return nil, &OtherRepositoryError{Path: filepath.Join(r.Volume, r.Dir), Want: r.ID, Found: found}
+	}
+	return repository, nil
 }
 
 // recordDir returns where session records are kept, the default filled in.

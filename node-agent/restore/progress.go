@@ -11,17 +11,19 @@ const progressEvery = 100 * time.Millisecond
 
 // reporter tells progress in a goroutine of its own, so that no work waits for whoever listens.
 type reporter struct {
-	mu    sync.Mutex
-	name  string
-	total int64
-	done  atomic.Int64
+	mu      sync.Mutex
+	name    string
+	total   int64
+	invalid bool
+	done    atomic.Int64
 
+	now   chan struct{} // something that is to be told at once
 	quit  chan struct{}
 	ended sync.WaitGroup
 }
 
 func newReporter(tell func(Progress)) *reporter {
-	r := &reporter{quit: make(chan struct{})}
+	r := &reporter{now: make(chan struct{}, 1), quit: make(chan struct{})}
 	if tell == nil {
 		return r
 	}
@@ -31,6 +33,8 @@ func newReporter(tell func(Progress)) *reporter {
 		for {
 			select {
 			case <-tick.C:
+				tell(r.state())
+			case <-r.now:
 				tell(r.state())
 			case <-r.quit:
 				tell(r.state())
@@ -44,7 +48,7 @@ func newReporter(tell func(Progress)) *reporter {
 func (r *reporter) state() Progress {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return Progress{Phase: r.name, DoneBytes: r.done.Load(), TotalBytes: r.total}
+	return Progress{Phase: r.name, DoneBytes: r.done.Load(), TotalBytes: r.total, MemoryInvalid: r.invalid}
 }
 
 // phase begins a phase of total bytes; 0 where that is not known.
@@ -53,6 +57,17 @@ func (r *reporter) phase(name string, total int64) {
 	defer r.mu.Unlock()
 	r.name, r.total = name, total
 	r.done.Store(0)
+}
+
+// marked says whether the machine's memory is marked invalid.
+func (r *reporter) marked(invalid bool) {
+	r.mu.Lock()
+	r.invalid = invalid
+	r.mu.Unlock()
+	select {
+	case r.now <- struct{}{}:
+	default: // about to be told
+	}
 }
 
 // reach says how far the phase is.

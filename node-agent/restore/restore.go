@@ -115,6 +115,7 @@ func (r *restore) withMachine(parent context.Context) (err error) {
 	defer r.session.Close() //nolint:errcheck // the record was written where it counts
 	if err := Invalid(r.o.RecordDir, p); err != nil {
 		r.invalid = true // and is about to be made valid, however unreadable the mark is
+		r.report.marked(true)
 	}
 	done()
 	if err := r.o.step(StepLocked); err != nil {
@@ -294,6 +295,7 @@ func (r *restore) markInvalid(dir *os.Root) error {
 		return err
 	}
 	r.mark, r.touched = mark, true
+	r.report.marked(true)
 	// The mark says more; and once that is gone, how the machine stands is what was asked for.
 	if err := removeStop(dir, mark.Process); err != nil {
 		return err
@@ -447,6 +449,7 @@ func (r *restore) unmark(dir *os.Root) error {
 		return err
 	}
 	r.mark = nil
+	r.report.marked(false)
 	return nil
 }
 

@@ -79,4 +79,7 @@ type Progress struct {
 	Phase      string `json:"phase"` // "verifying", "preparing", "memory", "loading", "comparing"
 	DoneBytes  int64  `json:"doneBytes"`
 	TotalBytes int64  `json:"totalBytes"` // 0 where the phase has no such number
+
+	// MemoryInvalid says that the machine's memory is marked invalid: see [Mark].
+	MemoryInvalid bool `json:"memoryInvalid,omitempty"`
 }

@@ -1,6 +1,8 @@
 package operator
 
 import (
+	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -12,6 +14,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -155,6 +158,29 @@ func TestKilled(t *testing.T) {
 		t.Logf("%s: %d attempts", name, o.Status.Attempts)
 		goesOn(t, m, 0)
 	}
+	// In the middle of overwriting memory: that is said as long as there is nobody who knows better.
+	invalid := func(o *vmckptv1.VMRestore) bool {
+		return meta.IsStatusConditionTrue(o.Status.Conditions, vmckptv1.ConditionMemoryInvalid)
+	}
+	for i, caught := 0, false; !caught; i++ {
+		if i == 5 {
+			t.Fatal("no restore was seen to overwrite memory")
+		}
+		torn := r.restore(fmt.Sprintf("torn-%d", i), "running-b", vmckptv1.RestoreInPlace)
+		wait(r, torn, "the mark", func(o *vmckptv1.VMRestore) bool { return invalid(o) || o.Done() })
+		down(&agent)
+		wait(r, torn, "the object as the agent left it", func(*vmckptv1.VMRestore) bool { return true })
+		caught = invalid(torn)
+		if !caught && !torn.Done() {
+			t.Errorf("killed in the middle: %s", message(torn.Status.Conditions))
+		}
+		up()
+		wait(r, torn, "restored", (*vmckptv1.VMRestore).Done)
+		if !torn.Ready() || invalid(torn) {
+			t.Fatal(message(torn.Status.Conditions))
+		}
+		goesOn(t, m, 0)
+	}
 	// Deleted while nobody is there.
 	down(&agent)
 	down(&manager)
@@ -237,7 +263,16 @@ func TestOneAgentANode(t *testing.T) {
 	if text, err := os.ReadFile(second.log); err != nil || strings.Contains(string(text), "the node agent begins") {
 		t.Fatalf("the second has begun: %s, %v", text, err)
 	}
+	// It is alive, and says what it waits for.
+	second.get(second.probes, "/healthz")
+	response, err := http.Get("http://" + second.probes + "/readyz")
+	r.must(err)
+	defer response.Body.Close()
+	if text, err := io.ReadAll(response.Body); err != nil || response.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(text), "another agent is at work") {
+		t.Errorf("readyz of the second: %s: %s (%v)", response.Status, text, err)
+	}
 	first.end()
+	second.get(second.probes, "/readyz")
 	r.ready(r.checkpoint("by-the-second"), vmckptv1.ReasonCaptured)
 	goesOn(t, m, 0)
 	second.end()
