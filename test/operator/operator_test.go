@@ -301,7 +301,9 @@ func TestReadiness(t *testing.T) {
 	second.get(second.probes, "/readyz")
 	wait(r, c, "a word", func(c *vmckptv1.VMCheckpoint) bool { return len(c.Status.Conditions) != 0 })
 
-	tells := func(p *program) bool { return strings.Contains(p.get(p.metrics, "/metrics"), `vmckpt_checkpoints{phase="Pending"}`) }
+	tells := func(p *program) bool {
+		return strings.Contains(p.get(p.metrics, "/metrics"), `vmckpt_checkpoints{phase="Pending"}`)
+	}
 	one := func() bool { return tells(first) != tells(second) }
 	for until := time.Now().Add(bound); !one(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(until) {
