@@ -79,7 +79,8 @@ func (r *rig) controllers(election bool) (stop func()) {
 			return next.RoundTrip(q)
 		})
 	}
-	lease, renew, retry := 3*time.Second, 2*time.Second, 500*time.Millisecond
+	// Who leads gives the lease back at its end; the API server may be gone for as long as a busy machine takes to start one.
+	lease, renew, retry := 60*time.Second, 45*time.Second, 500*time.Millisecond
 	no := true
 	m, err := ctrl.NewManager(server, ctrl.Options{
 		Scheme: r.Scheme(), Cache: cached.Options(), Metrics: metricsserver.Options{BindAddress: "0"}, Controller: config.Controller{SkipNameValidation: &no},

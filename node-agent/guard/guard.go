@@ -104,6 +104,7 @@ func (o CopyOnWrite) Start(ctx context.Context) (_ *Guard, err error) {
 	if err == nil {
 		bellFile := os.NewFile(uintptr(theirBell), "guard bell")
 		g.cmd = exec.Command("/proc/self/exe")
+		g.cmd.Args = []string{keeperName}
 		g.cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d,%d", keeperVariable, o.PID, o.WriteBound.Nanoseconds()), "GOMAXPROCS=1")
 		g.cmd.ExtraFiles = []*os.File{theirs, o.Userfaultfd, ringFile, bellFile}
 		g.cmd.Stderr = os.Stderr

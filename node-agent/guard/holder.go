@@ -17,6 +17,9 @@ import (
 // holderVariable marks a process as the holder of a leash; its value is the length of the stream to hold at, see [Main].
 const holderVariable = "VMCKPT_LEASH_HOLD_AT_BYTES"
 
+// holderName is its whole command line, for people who look at processes.
+const holderName = "vmckpt-leash"
+
 // Descriptors that the worker leaves to the holder.
 const (
 	holderControlFD = 3 // SOCK_SEQPACKET, see protocol.go

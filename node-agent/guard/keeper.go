@@ -24,6 +24,9 @@ import (
 // nanoseconds, see [Main].
 const keeperVariable = "VMCKPT_GUARD_PID_AND_BOUND_NANOSECONDS"
 
+// keeperName is its whole command line, for people who look at processes.
+const keeperName = "vmckpt-guard"
+
 // Descriptors that the worker leaves to the keeper.
 const (
 	keeperControlFD = 3 // SOCK_SEQPACKET, see cowprotocol.go
@@ -91,6 +94,9 @@ func keep(value string) error {
 	ending := k.end()
 	if err == nil && ending == nil {
 		return sendOrder(keeperControlFD, answerDone, k.faults)
+	}
+	if drop := errDrop(0); errors.As(err, &drop) {
+		err = nil // the worker knows
 	}
 	return errors.Join(err, ending)
 }

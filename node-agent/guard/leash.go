@@ -118,6 +118,7 @@ func Start(ctx context.Context, o Options) (_ *Leash, err error) {
 	theirs := os.NewFile(uintptr(pair[1]), "leash control")
 
 	l.cmd = exec.Command("/proc/self/exe")
+	l.cmd.Args = []string{holderName}
 	l.cmd.Env = append(os.Environ(), holderVariable+"="+strconv.FormatUint(l.holdAt, 10), "GOMAXPROCS=1")
 	l.cmd.ExtraFiles = []*os.File{theirs, o.Pipe, memoryFile}
 	l.cmd.Stderr = os.Stderr

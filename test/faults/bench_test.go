@@ -44,11 +44,17 @@ func options() machine.Options {
 // early are the steps of the rounds, which only a capture without tracking is sure to go through.
 var early = []capture.Step{capture.StepHarvested, capture.StepBarrier, capture.StepCopied}
 
+// guarding are the steps of a guard, which only a capture with much to copy is sure to go through, if it does not copy it beforehand.
+var guarding = []capture.Step{capture.StepLent, capture.StepGuarded, capture.StepKept, capture.StepTaken, capture.StepUnguarded}
+
 // through are the options of the next capture, one that goes through the step.
 func through(b *truth.Bench, step capture.Step) capture.Options {
 	o := b.Options()
-	if slices.Contains(early, step) {
+	switch {
+	case slices.Contains(early, step):
 		o.Mode = capture.Full
+	case slices.Contains(guarding, step):
+		o.Mode, o.Instant, o.ResidueBudget = capture.Full, capture.Early, time.Microsecond
 	}
 	return o
 }

@@ -176,7 +176,7 @@ func holderSuffers(t *testing.T, b *truth.Bench, bl blow, o capture.Options, ste
 }
 
 // inHold are the steps at which the machine is held.
-var inHold = []capture.Step{capture.StepHeld, capture.StepScanned, capture.StepResidue, capture.StepRearmed}
+var inHold = []capture.Step{capture.StepHeld, capture.StepScanned, capture.StepKept, capture.StepResidue, capture.StepRearmed}
 
 // TestHolder kills, stops and hangs the leash's holder at each step of a hold.
 func TestHolder(t *testing.T) {
@@ -196,7 +196,7 @@ func TestHolder(t *testing.T) {
 		for range *repeat {
 			for _, step := range c.steps {
 				t.Run(fmt.Sprintf("%s/%s", c.blow.name, step), func(t *testing.T) {
-					holderSuffers(t, b, c.blow, b.Options(), step, "instant")
+					holderSuffers(t, b, c.blow, through(b, step), step, "instant")
 				})
 			}
 		}

@@ -69,7 +69,7 @@ func TestOtherMachines(t *testing.T) {
 				t.Run(fmt.Sprintf("worker killed/%s", step), func(t *testing.T) { killedAt(t, b, step, f) })
 			}
 			for _, step := range inHold {
-				t.Run(fmt.Sprintf("holder killed/%s", step), func(t *testing.T) { holderSuffers(t, b, killed, b.Options(), step, "instant") })
+				t.Run(fmt.Sprintf("holder killed/%s", step), func(t *testing.T) { holderSuffers(t, b, killed, through(b, step), step, "instant") })
 			}
 			t.Run("holder hung", func(t *testing.T) { holderSuffers(t, b, hung, b.Options(), capture.StepHeld, "instant") })
 			t.Run("resumed by others", func(t *testing.T) {

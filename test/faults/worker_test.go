@@ -127,7 +127,7 @@ func killedAt(t *testing.T, b *truth.Bench, step capture.Step, f family) {
 	if f != nil {
 		// Between the arming and the end of the stream the leash's holder is one of them.
 		least := 1
-		if !before(step, capture.StepArmed) && before(step, capture.StepSealing) {
+		if !before(step, capture.StepArmed) && before(step, capture.StepUnguarded) {
 			least = 2
 		}
 		if len(members) < least {
