@@ -79,10 +79,12 @@ func TestDisksNeverRest(t *testing.T) {
 	sound(t, b)
 }
 
-// TestResidueBeyondBound: a guest that writes more than can be copied in the longest pause there may be is let go, and the checkpoint
-// fails, saying so.
+// TestResidueBeyondBound: a guest with more to copy than the longest pause there may be is let go, and the checkpoint fails, saying so. Its
+// memory is of the kind that cannot be guarded.
 func TestResidueBeyondBound(t *testing.T) {
-	b := truth.NewBench(t, options())
+	m := options()
+	m.Memory, m.Balloon = machine.Memfd, true
+	b := truth.NewBench(t, m)
 	b.Capture(t.Context(), b.Options())
 	for _, mode := range []capture.Mode{capture.Auto, capture.Full} {
 		t.Run(string(mode), func(t *testing.T) {
@@ -94,6 +96,25 @@ func TestResidueBeyondBound(t *testing.T) {
 			var residue *capture.ResidueError
 			if !errors.As(err, &residue) || residue.Pages <= 3 || residue.Bound != o.PauseBound {
 				t.Errorf("error %v, want that the guest writes too fast", err)
+			}
+			sound(t, b)
+		})
+	}
+}
+
+// TestResidueIsGuarded: what the pause has no time for is guarded, where it can be.
+func TestResidueIsGuarded(t *testing.T) {
+	b := truth.NewBench(t, options())
+	b.Capture(t.Context(), b.Options())
+	for _, mode := range []capture.Mode{capture.Auto, capture.Full} {
+		t.Run(string(mode), func(t *testing.T) {
+			b.T = t
+			o := b.Options()
+			o.Mode, o.ResidueBudget = mode, time.Microsecond
+			result, img := b.Capture(t.Context(), o)
+			b.Judge(t.Context(), result, img)
+			if result.Guard == nil || result.Guard.Pages == 0 {
+				t.Error("nothing was guarded")
 			}
 			sound(t, b)
 		})
