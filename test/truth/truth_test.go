@@ -40,6 +40,7 @@ type bench struct {
 	tracked bool   // the page tables tell of all its memory what is written to it
 	balloon uint64 // bytes that the balloon leaves the guest
 	judged  int    // random instants
+	witness bool   // KVM's dirty log is kept
 	guarded int    // of those, with memory on a guard
 	caught  uint64 // pages that the guest was about to write then
 }
@@ -158,6 +159,7 @@ func (b *bench) instant(ctx context.Context, k kind) *capture.Result {
 		wrote = b.untilWritten(ctx)
 	}
 	o := b.Options()
+	o.Witness = b.witness
 	switch b.rng.IntN(4) {
 	case 0:
 		o.Instant = capture.Early
