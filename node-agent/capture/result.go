@@ -100,7 +100,14 @@ type WitnessReport struct {
 	Missed uint64 `json:"missed"`           // pages only in the KVM log: there must be none
 	First  string `json:"first,omitempty"`  // one of them
 	Nested bool   `json:"nested,omitempty"` // the guest runs guests of its own: such pages are expected, and were taken
-	Unseen uint64 `json:"unseen"`           // pages only in the page tables, where the log looks: what only devices wrote
+	// Unseen are pages only in the page tables, where the log looks: what only devices wrote, and what the page tables take for written as
+	// they cannot tell (areas that were guarded, huge pages).
+	Unseen uint64 `json:"unseen"`
+
+	// What it cost while the machine stood still, in ns: finding the memory slots, once; reading; clearing.
+	Find  time.Duration `json:"find,omitempty"`
+	Read  time.Duration `json:"read"`
+	Clear time.Duration `json:"clear"`
 }
 
 // Alarm says that the page tables missed a write. The image is right all the same.

@@ -72,6 +72,8 @@ func (c *capture) hearWitness(instant *dirty.Instant, guarded bool) error {
 	}
 	report := &WitnessReport{Compared: compared != nil, Nested: c.nested}
 	c.result.Witness = report
+	took := c.session.LogTimes()
+	report.Find, report.Read, report.Clear = took.Find, took.Read, took.Clear
 	switch unwitnessed := c.session.Unwitnessed(); {
 	case unwitnessed != nil:
 		report.Why = unwitnessed.Error()

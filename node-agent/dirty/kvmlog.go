@@ -40,6 +40,8 @@ type KVMLog struct {
 	cleared []inject.MemorySlot // since it was last known that no migration is under way
 	dropped error               // why it says nothing in this session
 
+	took LogTimes // in the last standstill
+
 	record Witness // of all that, for the session record
 }
 
@@ -60,11 +62,18 @@ type Witness struct {
 	Slots   []inject.MemorySlot `json:"slots,omitempty"`  // that are logged; their log counts from the image of the record
 }
 
+// LogTimes is what the log cost in a standstill.
+type LogTimes struct {
+	Find  time.Duration // ns; looking for the slots and switching the log on, once
+	Read  time.Duration // ns
+	Clear time.Duration // ns
+}
+
 // kvmLogName names the source in reports.
 const kvmLogName = "KVM dirty log"
 
 // logBound is how long one look at the log may take. The machine stands still meanwhile, and it can do without.
-const logBound = 50 * time.Millisecond
+const logBound = 100 * time.Millisecond
 
 // errNoKVM: the process is none that uses KVM.
 var errNoKVM = errors.New("the machine does not run under KVM")
@@ -89,6 +98,7 @@ func (k *KVMLog) HarvestStanding(ctx context.Context, still Standstill) (*Standi
 	found := &Standing{Written: make(Sets, len(k.blocks)), Holes: make(Sets, len(k.blocks))}
 	nothing := func(context.Context) (Sets, error) { return make(Sets, len(k.blocks)), nil }
 	found.rearm = nothing
+	k.took = LogTimes{}
 	if k.dropped != nil || still.Err() != nil {
 		return found, nil
 	}
@@ -101,12 +111,16 @@ func (k *KVMLog) HarvestStanding(ctx context.Context, still Standstill) (*Standi
 		}
 		return found, nil
 	}
+	begin := time.Now()
 	if len(k.slots) == 0 {
 		if !k.find(ctx) {
 			return found, nil
 		}
+		k.took.Find = time.Since(begin)
 		found.rearm = func(ctx context.Context) (Sets, error) {
+			begin := time.Now()
 			k.clearAll(ctx)
+			k.took.Clear = time.Since(begin)
 			return nothing(ctx)
 		}
 		return found, nil
@@ -115,12 +129,15 @@ func (k *KVMLog) HarvestStanding(ctx context.Context, still Standstill) (*Standi
 	if !ok {
 		return found, nil
 	}
+	k.took.Read = time.Since(begin)
 	found.Written = written
 	found.rearm = func(ctx context.Context) (Sets, error) {
 		// The bitmaps in the process are those that were read: what is cleared is what was reported.
+		begin := time.Now()
 		if !k.clear(ctx) {
 			return nothing(ctx)
 		}
+		k.took.Clear = time.Since(begin)
 		return written.Clone(), nil
 	}
 	return found, nil

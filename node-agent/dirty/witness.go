@@ -11,6 +11,12 @@ import (
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 )
 
+// witness is a source that is compared with the page tables; tests put another in the log's place.
+type witness interface {
+	covered() Sets  // pages that it can be compared for; nil where it cannot be
+	complete() bool // all main memory is among them
+}
+
 // Comparison is what a witness had to say of the time between two standstills.
 type Comparison struct {
 	Witness string
@@ -37,8 +43,8 @@ func (u *Union) compare(in *Instant) *Comparison {
 	var covered Sets
 	var whole bool
 	for _, s := range u.sources {
-		if k, ok := s.(*KVMLog); ok {
-			covered, whole = k.covered(), k.complete()
+		if w, ok := s.(witness); ok {
+			covered, whole = w.covered(), w.complete()
 		}
 	}
 	if covered == nil {
@@ -93,6 +99,14 @@ func (s *Session) Unwitnessed() error {
 		return nil
 	}
 	return s.witness.dropped
+}
+
+// LogTimes returns what the witness cost in the last standstill.
+func (s *Session) LogTimes() LogTimes {
+	if s.witness == nil {
+		return LogTimes{}
+	}
+	return s.witness.took
 }
 
 // Migration is to be told after each standstill whether a migration is under way. If so, one that began right before the standstill may take

@@ -3,10 +3,12 @@ package inject
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // monitorThreadName is what QEMU calls the thread that its monitors read and write in, where it names threads (-name debug-threads=on, as
@@ -19,6 +21,21 @@ const monitorThreadName = "IO mon_iothread"
 // Its name alone is not believed, and there may be none: it has to wait in a poll, and without a name it is the one thread beside the main one
 // whose poll has a Unix socket in it. [ErrBusy] where there is no such thread, or more than one.
 func MonitorThread(pid int) (tid int, err error) {
+	// It may just be at work for somebody, and waits again in a moment.
+	for until := time.Now().Add(threadBound); ; time.Sleep(threadPause) {
+		tid, err = lookForMonitorThread(pid)
+		if !errors.Is(err, ErrBusy) || time.Now().After(until) {
+			return tid, err
+		}
+	}
+}
+
+const (
+	threadBound = time.Second
+	threadPause = time.Millisecond
+)
+
+func lookForMonitorThread(pid int) (int, error) {
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 	if err != nil {
 		return 0, gone(err)

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
 	"github.com/vmckpt/vmckpt/node-agent/capture"
@@ -29,7 +31,7 @@ func onKVM(t *testing.T, f func(t *testing.T, b *bench)) {
 			t.Run(o.String(), func(t *testing.T) {
 				o.Guest = machine.Writer{Percent: 50, Parameters: writer.Parameters{Random: true, DMAPagesPerPass: 2}}
 				b := newBench(t, o)
-				b.witness = true
+				b.witness, b.chance = true, false
 				if w := b.witnessed(t.Context()); w.Compared || w.Why == "" {
 					t.Errorf("witness of the first image: %+v", w)
 				}
@@ -233,7 +235,34 @@ func TestNoWitnessWithoutKVM(t *testing.T) {
 
 // BenchmarkWitness measures what the log costs in the hold.
 func BenchmarkWitness(b *testing.B) {
-	for _, gib := range []uint64{1, 4} {
-		b.Run(fmt.Sprintf("%dGiB", gib), func(b *testing.B) {})
+	for _, version := range []machine.Version{machine.V72, machine.V10} {
+		for _, gib := range []uint64{1, 4} {
+			b.Run(fmt.Sprintf("%s/%dGiB", version, gib), func(b *testing.B) {
+				parameters := writer.Parameters{Random: true, PagesPerPass: 1 << 12, Spin: 3_000_000}
+				rig := NewBench(b, machine.Options{QEMU: version, Accel: machine.KVM, MemoryBytes: gib * machine.GiB,
+					Guest: machine.Writer{Percent: 100, Parameters: parameters}})
+				capture := func() *capture.WitnessReport {
+					o := rig.Options()
+					o.Witness, o.Hooks.Held = true, nil
+					result, _ := rig.Capture(b.Context(), o)
+					if w := result.Witness; w.Alarm() || w.Why != "" && rig.n > 1 {
+						b.Fatal(show(result))
+					}
+					return result.Witness
+				}
+				first := capture()
+				var read, clear []time.Duration
+				for b.Loop() {
+					w := capture()
+					read, clear = append(read, w.Read), append(clear, w.Clear)
+				}
+				b.ReportMetric(float64(first.Find.Microseconds()), "µs-find")
+				b.ReportMetric(float64(first.Clear.Microseconds()), "µs-clear-all")
+				slices.Sort(read)
+				slices.Sort(clear)
+				b.ReportMetric(float64(read[len(read)/2].Microseconds()), "µs-read")
+				b.ReportMetric(float64(clear[len(clear)/2].Microseconds()), "µs-clear")
+			})
+		}
 	}
 }
