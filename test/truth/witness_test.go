@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -219,6 +220,115 @@ func TestWitnessComesAndGoes(t *testing.T) {
 		b.Connect()
 		want("after a release", false, "whole time")
 		want("going on", true, "")
+	})
+}
+
+// logged counts the pages of main memory that are in KVM's log, which is on.
+func (b *bench) logged(ctx context.Context) (n, all uint64) {
+	b.t.Helper()
+	must := func(err error) {
+		b.t.Helper()
+		if err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	pid := b.Machine.PID
+	layout, err := qemu.ReadLayout(ctx, b.Machine.Monitor, b.Target.Process)
+	must(err)
+	ranges, err := qemu.GuestRanges(ctx, b.Machine.Monitor, layout)
+	must(err)
+	const room = 1 << 20
+	shared, err := inject.Do(ctx, pid, inject.Program{inject.OpenSharedMemory("test", room)})
+	must(err)
+	var vm inject.RemoteFile
+	for fd := range 100 {
+		if f, err := inject.Identify(pid, fd); err == nil && f.Link == "anon_inode:kvm-vm" {
+			vm = f
+		}
+	}
+	var wanted []inject.MemorySlot
+	for i, r := range ranges {
+		wanted = append(wanted, inject.MemorySlot{GPA: r.GPA, Bytes: r.Bytes, HVA: layout[r.Block].HVA + r.OffsetBytes,
+			Bitmap: shared.Addresses[0] + uint64(i)<<16}.InSpace(r.Space))
+	}
+	thread, err := inject.MonitorThread(pid)
+	must(err)
+	helper, err := inject.StartResident(ctx, pid, thread)
+	must(err)
+	defer helper.Close()
+	found, err := helper.Do(ctx, inject.Program{inject.FindMemorySlots(vm, wanted, shared.Addresses[0])})
+	must(err)
+	_, err = helper.Do(ctx, inject.Program{inject.ReadDirtyLogs(vm, found.Slots)})
+	must(err)
+	file, err := shared.Files[0].Duplicate(pid)
+	must(err)
+	defer file.Close()
+	for _, s := range found.Slots {
+		bitmap := make([]byte, (s.Bytes/pageset.PageBytes+63)/64*8)
+		_, err := file.ReadAt(bitmap, int64(s.Bitmap-shared.Addresses[0]))
+		must(err)
+		set := pageset.New(s.Bytes / pageset.PageBytes)
+		set.AddBitmap(0, set.Len(), bitmap)
+		n, all = n+set.Count(), all+set.Len()
+	}
+	_, err = inject.Do(ctx, pid, inject.Program{inject.Unmap(shared.Files[0], shared.Addresses[0], room), inject.Close(shared.Files[0])})
+	must(err)
+	return n, all
+}
+
+// TestMigrationBeforeHold begins a migration right before the hold, unseen by the capture's last look. The log that was cleared in the hold is made
+// whole for it: the memory that arrives is that of the machine.
+func TestMigrationBeforeHold(t *testing.T) {
+	onKVM(t, func(t *testing.T, b *bench) {
+		ctx := t.Context()
+		p := b.Machine.WriterParameters()
+		p.PagesPerPass, p.DMAPagesPerPass, p.Spin = 16, 0, 1_000_000
+		if err := b.Machine.SetWriterParameters(ctx, p); err != nil {
+			t.Fatal(err)
+		}
+		b.witnessed(ctx)
+		set := map[string]uint64{"max-bandwidth": 64 << 10} // so that it lasts
+		if err := b.Machine.Monitor.Execute(ctx, "migrate-set-parameters", set, nil); err != nil {
+			t.Fatal(err)
+		}
+		begun, rearmed := false, false
+		o := b.Options()
+		o.Witness = true
+		o.Hooks.Step = func(s capture.Step) {
+			switch {
+			case s == capture.StepArmed && !begun:
+				begun = true
+				if err := b.Machine.Monitor.Execute(ctx, "migrate", map[string]string{"uri": "exec:cat >/dev/null"}, nil); err != nil {
+					t.Error(err)
+				}
+				for {
+					if m, err := qemu.Migration(ctx, b.Machine.Monitor); err != nil || m.Status == "active" {
+						break
+					}
+				}
+			case s == capture.StepRearmed:
+				rearmed = true
+			}
+		}
+		_, err := capture.Run(ctx, b.Target, b.Repository, o)
+		if !errors.Is(err, capture.ErrMigrating) || !rearmed {
+			t.Errorf("with a migration under way (in the hold: %v): %v", rearmed, err)
+		}
+		if n, all := b.logged(ctx); n < all/2 {
+			t.Errorf("KVM's log has %d pages of %d: it was not made whole", n, all)
+		}
+		if err := b.Machine.Monitor.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			if m, err := qemu.Migration(ctx, b.Machine.Monitor); err != nil || m.Status.Idle() {
+				break
+			}
+		}
+		b.witnessed(ctx)
+		if w := b.witnessed(ctx); !w.Compared || w.Alarm() {
+			t.Errorf("after the migration: %+v", w)
+		}
 	})
 }
 
