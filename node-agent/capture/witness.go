@@ -78,7 +78,7 @@ func (c *capture) hearWitness(instant *dirty.Instant, guarded bool) error {
 	case unwitnessed != nil:
 		report.Why = unwitnessed.Error()
 	case compared == nil:
-		report.Why = "it did not see the whole time"
+		report.Why = "KVM's dirty log does not count from the last checkpoint"
 	}
 	if compared == nil {
 		return nil

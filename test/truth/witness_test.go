@@ -183,7 +183,7 @@ func TestWitnessComesAndGoes(t *testing.T) {
 			t.Errorf("a witness that was not asked for: %+v", result.Witness)
 		}
 		b.witness = true
-		want("asked for again", false, "whole time")
+		want("asked for again", false, "last checkpoint")
 		want("going on", true, "")
 
 		// A migration that fails takes the log and leaves it switched off.
@@ -205,11 +205,11 @@ func TestWitnessComesAndGoes(t *testing.T) {
 			}
 		}
 		want("after a migration", false, "migration")
-		want("looked for anew", false, "whole time")
+		want("looked for anew", false, "last checkpoint")
 		want("going on", true, "")
 
 		b.RecordDir = b.t.TempDir()
-		want("without a record", false, "whole time")
+		want("without a record", false, "last checkpoint")
 		want("going on", true, "")
 
 		b.Disconnect()
@@ -218,7 +218,7 @@ func TestWitnessComesAndGoes(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.Connect()
-		want("after a release", false, "whole time")
+		want("after a release", false, "last checkpoint")
 		want("going on", true, "")
 	})
 }
