@@ -36,6 +36,7 @@ type Options struct {
 	NotesDir string
 
 	Engine    Engine // default [Workers]
+	Witness   bool   // captures keep KVM's dirty log, see [capture.Options]
 	RecordDir string // where session records are kept; default [dirty.DefaultRecordDir]
 
 	// Slots bounds how many machines are worked on at once; default 2. Each takes as much processor as it gets.
