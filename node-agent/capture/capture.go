@@ -145,7 +145,7 @@ func (c *capture) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.session, err = dirty.Open(ctx, dirty.Process{PID: p.PID, StartTime: p.StartTime}, c.blocks, c.o.RecordDir, dirty.Options{Witness: witness})
+	c.session, err = dirty.Open(ctx, dirty.Process{PID: p.PID, StartTime: p.StartTime}, c.blocks, c.o.RecordDir, dirty.Options{Witness: witness, WitnessBound: c.o.HoldBound / 4})
 	if err != nil {
 		return err
 	}

@@ -38,6 +38,7 @@ type KVMLog struct {
 	stop   bool       // it is not wanted any more, and is to be switched off in the next standstill
 
 	cleared []inject.MemorySlot // since it was last known that no migration is under way
+	bound   time.Duration       // of one call in a standstill: the machine can do without the log
 	dropped error               // why it says nothing in this session
 
 	took LogTimes // in the last standstill
@@ -71,9 +72,6 @@ type LogTimes struct {
 
 // kvmLogName names the source in reports.
 const kvmLogName = "KVM dirty log"
-
-// logBound is how long one look at the log may take. The machine stands still meanwhile, and it can do without.
-const logBound = 100 * time.Millisecond
 
 // errNoKVM: the process is none that uses KVM.
 var errNoKVM = errors.New("the machine does not run under KVM")
@@ -145,7 +143,7 @@ func (k *KVMLog) HarvestStanding(ctx context.Context, still Standstill) (*Standi
 
 // find looks for the slots, and switches their logs on. Everything is dirty in a new one.
 func (k *KVMLog) find(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, logBound)
+	ctx, cancel := context.WithTimeout(ctx, k.bound)
 	defer cancel()
 	report, err := k.helper.Do(ctx, inject.Program{inject.FindMemorySlots(k.record.VM, memorySlots(k.ranges), k.record.Address)})
 	if err != nil {
@@ -218,7 +216,7 @@ func (k *KVMLog) clearAll(ctx context.Context) {
 
 // do has an operation done, and drops the log where it fails.
 func (k *KVMLog) do(ctx context.Context, what string, op inject.Operation) bool {
-	ctx, cancel := context.WithTimeout(ctx, logBound)
+	ctx, cancel := context.WithTimeout(ctx, k.bound)
 	defer cancel()
 	_, err := k.helper.Do(ctx, inject.Program{op})
 	switch {

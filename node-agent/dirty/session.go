@@ -38,6 +38,9 @@ type Options struct {
 	// Witness has KVM's dirty log kept of these ranges, as a second opinion: see [KVMLog].
 	Witness []qemu.GuestRange
 
+	// WitnessBound is how long one look at that log may take in a standstill before the session goes on without; default 50 ms.
+	WitnessBound time.Duration
+
 	// For tests alone.
 	Now    func() time.Time       // the clock; nil is time.Now
 	BootID func() (string, error) // nil reads the kernel's
@@ -57,13 +60,14 @@ type Session struct {
 	unknown *UnknownError // unless the record was valid at Open or has become so
 	now     func() time.Time
 
-	pending *Pending
-	pagemap *pagetable.Pagemap
-	uffd    *pagetable.Userfaultfd
-	memory  []*evict.Memory
-	lent    Sets // to a guard
-	wanted  []qemu.GuestRange
-	witness *KVMLog // nil where none is wanted
+	pending  *Pending
+	pagemap  *pagetable.Pagemap
+	uffd     *pagetable.Userfaultfd
+	memory   []*evict.Memory
+	lent     Sets // to a guard
+	wanted   []qemu.GuestRange
+	logBound time.Duration
+	witness  *KVMLog // nil where none is wanted
 
 	noTracking error // why this kernel or process allows none
 }
@@ -85,7 +89,7 @@ func Open(ctx context.Context, p Process, blocks []Block, recordDir string, o Op
 	if err := alive(p); err != nil {
 		return nil, err
 	}
-	s := &Session{process: p, blocks: slices.Clone(blocks), pending: NewPending(blocks), wanted: o.Witness, now: o.Now}
+	s := &Session{process: p, blocks: slices.Clone(blocks), pending: NewPending(blocks), wanted: o.Witness, logBound: o.WitnessBound, now: o.Now}
 	if s.now == nil {
 		s.now = time.Now
 	}

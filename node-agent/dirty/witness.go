@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
 	"github.com/vmckpt/vmckpt/node-agent/inject"
@@ -136,7 +137,10 @@ func (s *Session) withWitness(ctx context.Context, sources ...Source) []Source {
 	if s.uffd == nil || len(s.wanted) == 0 && s.record.Witness == nil {
 		return sources
 	}
-	k := &KVMLog{blocks: s.blocks, pid: s.process.PID}
+	k := &KVMLog{blocks: s.blocks, pid: s.process.PID, bound: s.logBound}
+	if k.bound == 0 {
+		k.bound = 50 * time.Millisecond
+	}
 	s.witness = k
 	if old := s.record.Witness; old != nil {
 		k.record = *old

@@ -40,8 +40,7 @@ type bench struct {
 	tracked  bool   // the page tables tell of all its memory what is written to it
 	balloon  uint64 // bytes that the balloon leaves the guest
 	judged   int    // random instants
-	witness  bool   // KVM's dirty log is kept, where not by chance
-	chance   bool   // it is kept or not by chance
+	chance   bool   // KVM's dirty log is kept or not by chance
 	compared int    // of those, where KVM's log saw the whole time
 	guarded  int    // of those, with memory on a guard
 	caught   uint64 // pages that the guest was about to write then
@@ -161,7 +160,7 @@ func (b *bench) instant(ctx context.Context, k kind) *capture.Result {
 		wrote = b.untilWritten(ctx)
 	}
 	o := b.Options()
-	o.Witness = b.witness || b.chance && b.rng.IntN(3) != 0
+	o.Witness = o.Witness || b.chance && b.rng.IntN(3) != 0
 	switch b.rng.IntN(4) {
 	case 0:
 		o.Instant = capture.Early

@@ -32,8 +32,8 @@ func onKVM(t *testing.T, f func(t *testing.T, b *bench)) {
 			t.Run(o.String(), func(t *testing.T) {
 				o.Guest = machine.Writer{Percent: 50, Parameters: writer.Parameters{Random: true, DMAPagesPerPass: 2}}
 				b := newBench(t, o)
-				b.witness, b.chance = true, false
-				if w := b.witnessed(t.Context()); w.Compared || w.Why == "" {
+				b.Witness, b.chance = true, false
+				if w := b.witnessed(t.Context()); w.Alarm() {
 					t.Errorf("witness of the first image: %+v", w)
 				}
 				f(t, b)
@@ -45,9 +45,7 @@ func onKVM(t *testing.T, f func(t *testing.T, b *bench)) {
 // witnessed takes a checkpoint and judges it, and returns what the witness said.
 func (b *bench) witnessed(ctx context.Context) *capture.WitnessReport {
 	b.t.Helper()
-	o := b.Options()
-	o.Witness = b.witness
-	result, img := b.Capture(ctx, o)
+	result, img := b.Capture(ctx, b.Options())
 	b.Judge(ctx, result, img)
 	if result.Witness == nil {
 		b.t.Fatalf("no witness: %s", show(result))
@@ -137,9 +135,7 @@ func TestWitnessAlarm(t *testing.T) {
 			}
 		}
 		forget()
-		o := b.Options()
-		o.Witness = true
-		result, img := b.Capture(ctx, o)
+		result, img := b.Capture(ctx, b.Options())
 		b.Judge(ctx, result, img)
 		if w := result.Witness; !w.Alarm() || w.First == "" || result.Source != byContentHash || !strings.Contains(result.Why, "KVM dirty log") {
 			t.Errorf("%s", show(result))
@@ -153,8 +149,8 @@ func TestWitnessAlarm(t *testing.T) {
 
 		b.witnessed(ctx)
 		forget()
-		o = b.Options()
-		result, img = b.Capture(ctx, o)
+		b.Witness = false
+		result, img = b.Capture(ctx, b.Options())
 		wrong, err := b.Oracle.Compare(ctx, img)
 		if err != nil {
 			t.Fatal(err)
@@ -177,12 +173,12 @@ func TestWitnessComesAndGoes(t *testing.T) {
 			}
 		}
 		want("going on", true, "")
-		b.witness = false
+		b.Witness = false
 		result := b.instant(ctx, ordinary)
 		if result.Witness != nil {
 			t.Errorf("a witness that was not asked for: %+v", result.Witness)
 		}
-		b.witness = true
+		b.Witness = true
 		want("asked for again", false, "last checkpoint")
 		want("going on", true, "")
 
@@ -291,43 +287,58 @@ func TestMigrationBeforeHold(t *testing.T) {
 		if err := b.Machine.Monitor.Execute(ctx, "migrate-set-parameters", set, nil); err != nil {
 			t.Fatal(err)
 		}
-		begun, rearmed := false, false
-		o := b.Options()
-		o.Witness = true
-		o.Hooks.Step = func(s capture.Step) {
-			switch {
-			case s == capture.StepArmed && !begun:
-				begun = true
-				if err := b.Machine.Monitor.Execute(ctx, "migrate", map[string]string{"uri": "exec:cat >/dev/null"}, nil); err != nil {
-					t.Error(err)
+		idle := func() {
+			t.Helper()
+			if err := b.Machine.Monitor.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
+				t.Fatal(err)
+			}
+			for {
+				if m, err := qemu.Migration(ctx, b.Machine.Monitor); err != nil || m.Status.Idle() {
+					return
 				}
-				for {
-					if m, err := qemu.Migration(ctx, b.Machine.Monitor); err != nil || m.Status == "active" {
-						break
-					}
-				}
-			case s == capture.StepRearmed:
-				rearmed = true
 			}
 		}
-		_, err := capture.Run(ctx, b.Target, b.Repository, o)
-		if !errors.Is(err, capture.ErrMigrating) || !rearmed {
-			t.Errorf("with a migration under way (in the hold: %v): %v", rearmed, err)
-		}
-		if n, all := b.logged(ctx); n < all/2 {
-			t.Errorf("KVM's log has %d pages of %d: it was not made whole", n, all)
-		}
-		if err := b.Machine.Monitor.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
-			t.Fatal(err)
-		}
-		for {
-			if m, err := qemu.Migration(ctx, b.Machine.Monitor); err != nil || m.Status.Idle() {
+		// The first hold may be lost, for the device state is another now and then, and a second is not tried.
+		for try := range 10 {
+			begun, cleared := false, false
+			o := b.Options()
+			o.ResidueBudget = time.Second // for no barrier, which is armed as well
+			o.Hooks.Step = func(s capture.Step) {
+				switch {
+				case s == capture.StepArmed && !begun:
+					begun = true
+					if err := b.Machine.Monitor.Execute(ctx, "migrate", map[string]string{"uri": "exec:cat >/dev/null"}, nil); err != nil {
+						t.Error(err)
+					}
+					for {
+						if m, err := qemu.Migration(ctx, b.Machine.Monitor); err != nil || m.Status == "active" {
+							break
+						}
+					}
+				case s == capture.StepRearmed:
+					cleared = true
+				}
+			}
+			_, err := capture.Run(ctx, b.Target, b.Repository, o)
+			if !errors.Is(err, capture.ErrMigrating) {
+				t.Fatalf("with a migration under way: %v", err)
+			}
+			if n, all := b.logged(ctx); cleared && n < all/2 {
+				t.Errorf("KVM's log has %d pages of %d: it was not made whole", n, all)
+			}
+			idle()
+			if cleared {
 				break
 			}
+			if try == 9 {
+				t.Error("the machine was never held with a migration under way")
+			}
+			b.witnessed(ctx) // looks for the log anew
+			b.witnessed(ctx)
 		}
-		b.witnessed(ctx)
+		again := b.witnessed(ctx)
 		if w := b.witnessed(ctx); !w.Compared || w.Alarm() {
-			t.Errorf("after the migration: %+v", w)
+			t.Errorf("after the migration: %+v, and then %+v", again, w)
 		}
 	})
 }
@@ -335,7 +346,7 @@ func TestMigrationBeforeHold(t *testing.T) {
 // TestNoWitnessWithoutKVM asks for the log where there is none.
 func TestNoWitnessWithoutKVM(t *testing.T) {
 	b := newBench(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{Percent: 50}})
-	b.witness = true
+	b.Witness = true
 	for range 2 {
 		if w := b.witnessed(t.Context()); w.Compared || w.Alarm() {
 			t.Errorf("witness without KVM: %+v", w)
