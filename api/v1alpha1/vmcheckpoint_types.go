@@ -318,9 +318,36 @@ type VMCheckpointStatus struct {
 	// +optional
 	Note string `json:"note,omitempty"`
 
+	// witness is what KVM's dirty log had to say, where the node's agent has it kept.
+	// +optional
+	Witness *Witness `json:"witness,omitempty"`
+
 	// memory is the breakdown of the image's pages.
 	// +optional
 	Memory *MemoryBreakdown `json:"memory,omitempty"`
+}
+
+// Witness is what KVM's dirty log had to say of the page tables by which an image was made.
+type Witness struct {
+	// compared says that both saw the whole time since the checkpoint before.
+	Compared bool `json:"compared"`
+
+	// missedPages are in KVM's log alone: there must be none, but for a guest that runs guests of its own. The image is right all the same.
+	// +optional
+	MissedPages int64 `json:"missedPages,omitempty"`
+
+	// unseenPages are not in KVM's log: what devices wrote.
+	// +optional
+	UnseenPages int64 `json:"unseenPages,omitempty"`
+
+	// nestedGuests says that the guest runs guests of its own.
+	// +optional
+	NestedGuests bool `json:"nestedGuests,omitempty"`
+
+	// note says why nothing could be compared.
+	// +kubebuilder:validation:MaxLength=1024
+	// +optional
+	Note string `json:"note,omitempty"`
 }
 
 // VMCheckpoint is a live checkpoint of a running virtual machine, memory and devices included: a request for one, and then the one that was

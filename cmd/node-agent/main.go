@@ -97,6 +97,7 @@ func run(ctx context.Context, o *options) error {
 		},
 		NotesDir:  o.RunDir + "/notes",
 		RecordDir: o.RecordDir,
+		Witness:   o.Witness,
 		Slots:     o.Slots,
 		Metrics:   counted,
 

@@ -18,6 +18,7 @@ type options struct {
 	RunDir    string
 	RecordDir string
 	HostRoot  string
+	Witness   bool
 
 	OtherNamespaces bool
 }
@@ -29,6 +30,7 @@ func parseOptions(args []string, getenv func(string) string) (*options, error) {
 	flags.IntVar(&o.Slots, "slots", 2, "how many machines are worked on at once")
 	flags.StringVar(&o.RunDir, "run-dir", "/run/vmckpt-agent", "the agent's own directory, in memory")
 	flags.StringVar(&o.RecordDir, "record-dir", dirty.DefaultRecordDir, "where the node keeps session records, in memory")
+	flags.BoolVar(&o.Witness, "witness", false, "keep KVM's dirty log of machines and compare it with the page tables at each checkpoint")
 	flags.StringVar(&o.HostRoot, "host-root", "/", "where this process sees the node's root directory")
 	flags.BoolVar(&o.OtherNamespaces, "allow-other-namespaces", false,
 		"images of machines of any namespace may be imported and restored by any that has a claim on their volume: for repositories from a cluster with other namespaces")

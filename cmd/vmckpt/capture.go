@@ -72,6 +72,7 @@ Disks are not captured yet: keep them as they are at the instant by other means.
 	f.StringVar(&r.Parent, "parent", "", "`IMAGE` to make an increment on (default: the machine's last one)")
 	f.Var(compressionFlag{&r.Compression}, "compression", "zstd, s2 (faster, larger) or none")
 	f.BoolVar(&r.VerifyParent, "verify-parent", false, "check every byte of the parent first; one that is damaged means a base")
+	f.BoolVar(&r.Witness, "witness", false, "keep KVM's dirty log, and compare it with the page tables: a write that they missed is found")
 	f.StringToStringVar(&r.Attributes, "attribute", nil, "`KEY=VALUE` to keep with the image; may be given more than once")
 	f.Lookup("attribute").DefValue = "" // none, and not an empty list
 	f.DurationVar(&r.ResidueBudget, "budget", 5*time.Millisecond, "`TIME` for copying memory in the pause; what is more is copied beforehand")
@@ -149,6 +150,7 @@ func (p *program) captured(ctx context.Context, process *qemu.Process, result *c
 			field{"size", sizesText(&m)},
 			field{"took", tookText(result)},
 			field{"paused", pausedText(result)},
+			field{"witness", witnessText(result)},
 			field{"disks", disksText(m.Machine)},
 		)
 		p.printPauses(result)

@@ -74,6 +74,32 @@ func pausedText(r *capture.Result) string {
 	return text
 }
 
+// witnessText says what KVM's dirty log had to say; empty where it was not asked for.
+func witnessText(r *capture.Result) string {
+	w := r.Witness
+	switch {
+	case w == nil:
+		return ""
+	case !w.Compared:
+		return "none: " + w.Why
+	}
+	text := fmt.Sprintf("KVM's dirty log agrees with the page tables; %s only there", pagesText(w.Unseen))
+	switch {
+	case w.Alarm():
+		text = fmt.Sprintf("KVM's dirty log has %s that the page tables missed, first %s: report this", pagesText(w.Missed), w.First)
+	case w.Missed > 0:
+		text = fmt.Sprintf("KVM's dirty log has %s more than the page tables, written for guests of the guest", pagesText(w.Missed))
+	}
+	return text + fmt.Sprintf(" (read in %s, cleared in %s)", durationText(w.Read), durationText(w.Clear))
+}
+
+func pagesText(n uint64) string {
+	if n == 1 {
+		return "1 page"
+	}
+	return countText(n) + " pages"
+}
+
 func ordinal(n int) string {
 	suffix := "th"
 	if n%100 < 11 || n%100 > 13 {

@@ -36,6 +36,7 @@ type Options struct {
 	NotesDir string
 
 	Engine    Engine // default [Workers]
+	Witness   bool   // captures keep KVM's dirty log, see [capture.Options]
 	RecordDir string // where session records are kept; default [dirty.DefaultRecordDir]
 
 	// OtherNamespaces permits images to be imported, restored and deleted by objects of another namespace than the images' own.

@@ -126,7 +126,7 @@ func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint, key ta
 		return nil, err
 	}
 	request := jobs.CaptureRequest{
-		Name: o.Name, RecordDir: c.o.RecordDir,
+		Name: o.Name, RecordDir: c.o.RecordDir, Witness: c.o.Witness,
 		Attributes: map[string]string{
 			attributeCluster: cluster, attributeNamespace: o.Namespace, attributeName: o.Name, attributeUID: string(o.UID),
 		},
@@ -313,6 +313,10 @@ func (r *outcome) describe(o *vmckptv1.VMCheckpoint) {
 	s.Duration = &metav1.Duration{Duration: c.Duration.Round(time.Millisecond)}
 	s.Downtime = &metav1.Duration{Duration: c.Downtime.Round(10 * time.Microsecond)}
 	s.DirtySource, s.Note = clip(c.Source, 64), clip(c.Why, 1024)
+	s.Witness = nil
+	if w := c.Witness; w != nil {
+		s.Witness = &vmckptv1.Witness{Compared: w.Compared, MissedPages: int64(w.Missed), UnseenPages: int64(w.Unseen), NestedGuests: w.Nested, Note: clip(w.Why, 1024)}
+	}
 	s.Pauses = nil
 	for _, p := range c.Pauses[:min(len(c.Pauses), mostPauses)] {
 		s.Pauses = append(s.Pauses, vmckptv1.Pause{For: clip(p.For, 32), Duration: metav1.Duration{Duration: p.Total.Round(time.Microsecond)}, Lost: p.Lost})

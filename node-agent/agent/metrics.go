@@ -15,6 +15,7 @@ type Metrics struct {
 	captureSeconds  *prometheus.HistogramVec
 	restoreSeconds  prometheus.Histogram
 	storedBytes     prometheus.Counter
+	witness         *prometheus.CounterVec
 	waiting, active prometheus.Gauge
 }
 
@@ -45,6 +46,10 @@ func NewMetrics() *Metrics {
 		storedBytes: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "vmckpt_capture_stored_bytes_total", Help: "Bytes that captures added to volumes.",
 		}),
+		witness: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "vmckpt_capture_witness_total",
+			Help: "Captures that asked for KVM's dirty log, by what it said: agreed; missed (the page tables missed a write); nested (more, for guests of the guest); none (it could not be compared).",
+		}, []string{"result"}),
 		waiting: prometheus.NewGauge(prometheus.GaugeOpts{Name: "vmckpt_queue_waiting", Help: "Tasks that wait on this node."}),
 		active:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "vmckpt_queue_running", Help: "Tasks that are worked on on this node."}),
 	}
@@ -52,7 +57,7 @@ func NewMetrics() *Metrics {
 
 // Collectors returns all of them.
 func (m *Metrics) Collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.captures, m.restores, m.refused, m.pauses, m.captureSeconds, m.restoreSeconds, m.storedBytes, m.waiting, m.active}
+	return []prometheus.Collector{m.captures, m.restores, m.refused, m.pauses, m.captureSeconds, m.restoreSeconds, m.storedBytes, m.witness, m.waiting, m.active}
 }
 
 func (m *Metrics) queue(waiting, running int) {
@@ -64,6 +69,18 @@ func (m *Metrics) captured(kind string, r *capture.Result) {
 	m.captures.WithLabelValues(kind, "ok").Inc()
 	m.captureSeconds.WithLabelValues(kind).Observe(r.Duration.Seconds())
 	m.storedBytes.Add(float64(r.Pages.WrittenBytes))
+	if w := r.Witness; w != nil {
+		result := "agreed"
+		switch {
+		case !w.Compared:
+			result = "none"
+		case w.Alarm():
+			result = "missed"
+		case w.Missed > 0:
+			result = "nested"
+		}
+		m.witness.WithLabelValues(result).Inc()
+	}
 	for _, p := range r.Pauses {
 		m.pauses.WithLabelValues(p.For).Observe(p.Total.Seconds())
 	}

@@ -66,6 +66,8 @@ type capture struct {
 	pipe        inject.RemoteFile
 	streamBytes uint64
 	sections    []devstate.Section
+	nested      bool // the guest runs guests of its own
+	distrusted  bool // the session's sources are not trusted
 	unanswered  bool // a command that writes into the pipe may still come to QEMU
 }
 
@@ -139,10 +141,15 @@ func (c *capture) prepare(ctx context.Context) error {
 	if c.pagemap, err = pagetable.OpenPagemap(p.PID); err != nil {
 		return err
 	}
-	c.session, err = dirty.Open(ctx, dirty.Process{PID: p.PID, StartTime: p.StartTime}, c.blocks, c.o.RecordDir, dirty.Options{})
+	witness, err := c.witnessRanges(ctx)
 	if err != nil {
 		return err
 	}
+	c.session, err = dirty.Open(ctx, dirty.Process{PID: p.PID, StartTime: p.StartTime}, c.blocks, c.o.RecordDir, dirty.Options{Witness: witness, WitnessBound: c.o.HoldBound / 4})
+	if err != nil {
+		return err
+	}
+	c.nested = c.session.RanNested()
 	if admit := c.o.Admit; admit != nil {
 		if err := admit(); err != nil {
 			return err

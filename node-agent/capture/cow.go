@@ -164,6 +164,9 @@ func rangeOf(b dirty.Block, r pageset.Run) guard.Range {
 // arm guards what the hold has no time to copy, with the guest running; nil where that is nothing. The guard lets every page go at once until
 // the instant.
 func (c *capture) arm(ctx context.Context) (_ *cow, err error) {
+	if c.nested {
+		return nil, nil // what hardware writes past the page tables would not wait
+	}
 	pages, err := c.toGuard(ctx)
 	if err != nil || pages == nil {
 		return nil, err

@@ -91,8 +91,14 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 		}
 		return nil
 	})
+	if unproven := c.proveLog(ctx); err == nil {
+		err = unproven
+	}
 	if err == nil {
 		err = c.confirm(ctx, stream)
+	}
+	if err == nil {
+		err = c.hearWitness(instant, w != nil)
 	}
 	if err != nil {
 		for _, b := range filled {

@@ -55,6 +55,10 @@ type Options struct {
 	// on the image is a base. Without it they mean that the keys are the wrong ones, which is an error.
 	OtherKeys bool
 
+	// Witness has KVM's dirty log kept as a second opinion on what the guest wrote. A page that the page tables missed makes the image by
+	// content hash, copied in the pause. It is switched on in the pause of the first checkpoint with it, and off in that of the next without.
+	Witness bool
+
 	// RecordDir is where the node keeps session records; default [dirty.DefaultRecordDir]. It must not outlive the boot.
 	RecordDir string
 

@@ -35,6 +35,7 @@ type Result struct {
 
 	Harvest HarvestReport    `json:"harvest"`
 	Guard   *GuardReport     `json:"guard,omitempty"` // of the last attempt that had one
+	Witness *WitnessReport   `json:"witness,omitempty"`
 	Pages   image.PageCounts `json:"pages,omitzero"`
 }
 
@@ -89,6 +90,28 @@ type GuardReport struct {
 	Faults uint64 `json:"faults"` // writes of the guest's that waited
 	Caught uint64 `json:"caught"` // pages that were copied because the guest was about to write them
 }
+
+// WitnessReport is what KVM's dirty log had to say, where it was asked for.
+type WitnessReport struct {
+	// Compared says that it and the page tables both saw the whole time since the last checkpoint. Why says why not, else.
+	Compared bool   `json:"compared"`
+	Why      string `json:"why,omitempty"`
+
+	Missed uint64 `json:"missed"`           // pages only in the KVM log: there must be none
+	First  string `json:"first,omitempty"`  // one of them
+	Nested bool   `json:"nested,omitempty"` // the guest runs guests of its own: such pages are expected, and were taken
+	// Unseen are pages only in the page tables, where the log looks: what only devices wrote, and what the page tables take for written as
+	// they cannot tell (areas that were guarded, huge pages).
+	Unseen uint64 `json:"unseen"`
+
+	// What it cost while the machine stood still, in ns: finding the memory slots, once; reading; clearing.
+	Find  time.Duration `json:"find,omitempty"`
+	Read  time.Duration `json:"read"`
+	Clear time.Duration `json:"clear"`
+}
+
+// Alarm says that the page tables missed a write. The image is right all the same.
+func (w *WitnessReport) Alarm() bool { return w != nil && w.Missed > 0 && !w.Nested }
 
 // Progress is where a checkpoint stands.
 type Progress struct {

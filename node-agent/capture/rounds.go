@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/vmckpt/vmckpt/node-agent/dirty"
-	"github.com/vmckpt/vmckpt/node-agent/qemu"
 	"github.com/vmckpt/vmckpt/node-agent/qemu/devstate"
 )
 
@@ -131,5 +130,6 @@ func (c *capture) learn(stream []byte) error {
 		return fmt.Errorf("the device state that QEMU wrote: %w", err)
 	}
 	c.streamBytes, c.sections = uint64(len(stream)), parsed.Sections
-	return qemu.CapturableState(c.target.Process, stream)
+	c.lookForNested(stream)
+	return nil
 }

@@ -24,5 +24,5 @@
 //     its pages there has to be a standstill with drained I/O; this package cannot see whether there was one.
 //
 // Sources are combined by [Union]. The page tables ([PageTables]) and the content hash ([ContentHash]) are here; KVM's
-// dirty log and soft-dirty implement [Source] as well.
+// dirty log ([KVMLog]) is a witness beside them: see [Comparison]. Soft-dirty would be another source.
 package dirty

@@ -58,8 +58,11 @@ const (
 	written   = pagetable.CategoryWritten
 )
 
+// pageTablesName names the source in reports.
+const pageTablesName = "page tables"
+
 // Name is "page tables".
-func (t *PageTables) Name() string { return "page tables" }
+func (t *PageTables) Name() string { return pageTablesName }
 
 // Complete says whether the block is tracked.
 func (t *PageTables) Complete(block int) bool { return t.tracked[block] != nil }

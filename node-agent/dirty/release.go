@@ -60,6 +60,9 @@ func Release(ctx context.Context, p Process, recordDir string) (tracked bool, er
 	for _, file := range present {
 		failed = append(failed, takeOut(ctx, p.PID, file))
 	}
+	if readErr == nil && old.Witness != nil {
+		failed = append(failed, takeOutWitness(ctx, p.PID, old.Witness))
+	}
 	// That of a capture that was killed stays, and costs a descriptor: see [AbandonedPipe].
 	if readErr == nil && old.Leash != nil && old.Leash.Idle && old.Leash.Pipe.Link != "" {
 		failed = append(failed, closeRemote(ctx, p.PID, old.Leash.Pipe))

@@ -15,6 +15,7 @@ import (
 	"github.com/vmckpt/vmckpt/node-agent/evict"
 	"github.com/vmckpt/vmckpt/node-agent/inject"
 	"github.com/vmckpt/vmckpt/node-agent/pagetable"
+	"github.com/vmckpt/vmckpt/node-agent/qemu"
 )
 
 // DefaultRecordDir is where the node keeps session records: gone with the boot that they are of.
@@ -32,8 +33,15 @@ const (
 	noUserfaultfd = "the process has no userfaultfd of this session"
 )
 
-// Options are the parameters of a session that only tests give.
+// Options are the parameters of a session.
 type Options struct {
+	// Witness has KVM's dirty log kept of these ranges, as a second opinion: see [KVMLog].
+	Witness []qemu.GuestRange
+
+	// WitnessBound is how long one look at that log may take in a standstill before the session goes on without; default 50 ms.
+	WitnessBound time.Duration
+
+	// For tests alone.
 	Now    func() time.Time       // the clock; nil is time.Now
 	BootID func() (string, error) // nil reads the kernel's
 }
@@ -52,11 +60,14 @@ type Session struct {
 	unknown *UnknownError // unless the record was valid at Open or has become so
 	now     func() time.Time
 
-	pending *Pending
-	pagemap *pagetable.Pagemap
-	uffd    *pagetable.Userfaultfd
-	memory  []*evict.Memory
-	lent    Sets // to a guard
+	pending  *Pending
+	pagemap  *pagetable.Pagemap
+	uffd     *pagetable.Userfaultfd
+	memory   []*evict.Memory
+	lent     Sets // to a guard
+	wanted   []qemu.GuestRange
+	logBound time.Duration
+	witness  *KVMLog // nil where none is wanted
 
 	noTracking error // why this kernel or process allows none
 }
@@ -78,7 +89,7 @@ func Open(ctx context.Context, p Process, blocks []Block, recordDir string, o Op
 	if err := alive(p); err != nil {
 		return nil, err
 	}
-	s := &Session{process: p, blocks: slices.Clone(blocks), pending: NewPending(blocks), now: o.Now}
+	s := &Session{process: p, blocks: slices.Clone(blocks), pending: NewPending(blocks), wanted: o.Witness, logBound: o.WitnessBound, now: o.Now}
 	if s.now == nil {
 		s.now = time.Now
 	}
@@ -309,7 +320,8 @@ func (s *Session) track(ctx context.Context) error {
 	pages := &PageTables{blocks: s.blocks, tracked: tracked, lent: s.lent, pagemap: s.pagemap, uffd: s.uffd,
 		maps: func(within []pagetable.Range) ([]pagetable.Mapping, error) { return pagetable.MapsWithin(pid, within) }}
 	hash := &ContentHash{blocks: s.blocks, covered: covered, pagemap: s.pagemap}
-	s.Union = NewUnion(s.blocks, s.pending, s.Invalidate, pages, hash)
+	s.Union = NewUnion(s.blocks, s.pending, s.Invalidate, s.withWitness(ctx, pages, hash)...)
+	s.level, s.nested = s.unknown == nil, s.record.Nested
 	return s.Union.Arm(ctx)
 }
 
@@ -457,6 +469,9 @@ func (s *Session) Sealed(in *Instant, image Image) error {
 
 // write writes the record.
 func (s *Session) write(valid bool, reason string) error {
+	if s.witness != nil {
+		s.record.Witness = &s.witness.record
+	}
 	r := s.record
 	r.Valid, r.Reason, r.Updated = valid, reason, s.now().UTC()
 	if valid {
@@ -478,6 +493,9 @@ func (s *Session) Close() error {
 		if m != nil {
 			errs = append(errs, m.Close())
 		}
+	}
+	if s.witness != nil {
+		errs = append(errs, s.witness.close())
 	}
 	if s.uffd != nil {
 		errs = append(errs, s.uffd.Close())

@@ -19,6 +19,10 @@ type Union struct {
 	// since holds what each source reported since the last rearm of a standstill, by source: the sources are
 	// comparable only from one standstill to the next.
 	since []Sets
+
+	level    bool // all sources count from the same standstill
+	nested   bool // see [Session.Nested]
+	distrust bool // see [Session.Distrust]
 }
 
 // NewUnion combines the sources. beforeRearm is called before every call that re-arms, and keeps it from happening by
@@ -178,6 +182,13 @@ type Instant struct {
 	Holes Sets
 	// Guarded are those of the pages that a guard protects: they need not be copied in the standstill.
 	Guarded Sets
+	// Compared is what a witness had to say; nil where there is none.
+	Compared *Comparison
+
+	// Doubted says that everything is in Written and Pages because the sources are not trusted: see [Comparison] and [Session.Distrust].
+	Doubted bool
+
+	found Sets // as Written, without what is in it because of doubts
 
 	union  *Union
 	number uint64
@@ -217,6 +228,12 @@ func (u *Union) HarvestStanding(ctx context.Context, still Standstill) (*Instant
 	if err := still.Err(); err != nil {
 		return nil, fmt.Errorf("harvest in a standstill: %w", err)
 	}
+	in.found = in.Written
+	if in.Compared = u.compare(in); in.Compared.Alarm() || u.distrust {
+		in.Doubted, in.found = true, in.Written.Clone()
+		in.Written.AddAll()
+		u.pending.Add(in.Written)
+	}
 	in.number, in.Pages = u.pending.freeze()
 	return in, nil
 }
@@ -237,6 +254,7 @@ func (in *Instant) Rearm(ctx context.Context) (lost Sets, err error) {
 	if err := in.union.beforeRearm(ctx); err != nil {
 		return nil, fmt.Errorf("re-arm tracking: %w", err)
 	}
+	in.union.level = false
 	rearmed := NewSets(in.union.blocks)
 	var failed error
 	for i, rearm := range in.rearm {
@@ -263,12 +281,13 @@ func (in *Instant) Rearm(ctx context.Context) (lost Sets, err error) {
 	}
 	// In a true standstill nothing is written between the harvest and here. A page that was all the same is not lost: it is
 	// pending for the next image, and keeps the record from becoming valid.
-	rearmed.Subtract(in.Written)
+	rearmed.Subtract(in.found)
 	in.union.pending.Add(rearmed)
 	in.union.forget()
 	if n := rearmed.Count(); n > 0 {
 		return rearmed, fmt.Errorf("re-arm tracking: %w: %d pages were written, first %s", ErrBroken, n, first(in.union.blocks, rearmed))
 	}
+	in.union.level = true
 	return nil, nil
 }
 

@@ -13,7 +13,12 @@ const (
 	elfMachine         = 183                     // EM_AARCH64, include/uapi/linux/elf-em.h
 	syscallInstruction = "\x01\x00\x00\xd4"      // svc #0
 	mostArguments      = 5
+	originBytes        = len(syscallInstruction)
 )
+
+// park says whether a thread that enters this call can be taken there, and how many arguments of another call it then can be given. There is
+// no poll on this architecture: glibc makes it of ppoll.
+func park(nr uint64, _ []byte) (arguments int, ok bool) { return mostArguments, nr == unix.SYS_PPOLL }
 
 // registers are those of a thread at the entry of its ppoll. x8, which holds the number, is never changed: the number
 // that the kernel executes is a register set of its own, NT_ARM_SYSTEM_CALL.
@@ -25,6 +30,7 @@ func (r *registers) read(tid int) error {
 
 func (r *registers) instruction() uint64 { return r.at.Pc }
 func (r *registers) stack() uint64       { return r.at.Sp }
+func (r *registers) sixth() uint64       { return r.at.Regs[5] }
 
 // replaceCall makes the thread, stopped at the entry, execute another call. Number and arguments are two writes here,
 // so a harmless call stands between them: a tracer that dies there leaves neither a ppoll with our arguments nor our

@@ -2,6 +2,7 @@ package inject
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -24,6 +25,7 @@ const stopBound = 2 * time.Second
 // request is what the helper is asked to do.
 type request struct {
 	PID       int           `json:"pid"`
+	TID       int           `json:"tid"`       // the thread that is to do it; PID for the main one
 	StartTime uint64        `json:"startTime"` // by which the process is known to be the one meant
 	Wait      time.Duration `json:"waitNanoseconds"`
 	Program   Program       `json:"program"`
@@ -56,23 +58,32 @@ func Main() {
 }
 
 func serve(in io.Reader, out io.Writer) error {
-	var req request
-	if err := json.NewDecoder(in).Decode(&req); err != nil {
-		return fmt.Errorf("read the request: %w", err)
-	}
 	// ptrace obeys the thread that attached; the thread is never given back, since the process ends after this.
 	runtime.LockOSThread()
 	if err := settle(); err != nil {
 		return err
 	}
-	steps := &steps{pauseAt: req.PauseAt, dieAt: req.DieAt, pause: req.Pause}
-	var answer response
-	report, err := execute(req, steps)
-	if err != nil {
-		answer.Failure = newFailure(err)
+	checked := false // a resident helper has one thread to do with
+	requests, answers := json.NewDecoder(in), json.NewEncoder(out)
+	for {
+		var req request
+		if err := requests.Decode(&req); errors.Is(err, io.EOF) {
+			return nil // whoever asks is done, or dead
+		} else if err != nil {
+			return fmt.Errorf("read the request: %w", err)
+		}
+		steps := &steps{pauseAt: req.PauseAt, dieAt: req.DieAt, pause: req.Pause}
+		var answer response
+		report, err := execute(req, steps, checked)
+		if err != nil {
+			answer.Failure = newFailure(err)
+		}
+		checked = err == nil
+		answer.Report, answer.Steps = report, steps.passed
+		if err := answers.Encode(answer); err != nil {
+			return err
+		}
 	}
-	answer.Report, answer.Steps = report, steps.passed
-	return json.NewEncoder(out).Encode(answer)
 }
 
 // settle makes the thread fit to hold another one stopped: no signal disturbs it and no page of it has to be read back
@@ -94,10 +105,15 @@ func settle() error {
 	return nil
 }
 
-// execute waits for the thread to be where it can be taken, takes it and runs the program.
-func execute(req request, steps *steps) (Report, error) {
-	if err := preflight(req.PID); err != nil {
-		return Report{}, err
+// execute waits for the thread to be where it can be taken, takes it and runs the program. checked says that it was found fit for that before.
+func execute(req request, steps *steps, checked bool) (Report, error) {
+	if !checked {
+		if err := preflight(req.PID, req.TID); err != nil {
+			return Report{}, err
+		}
+	}
+	if len(req.Program) == 0 {
+		return Report{}, nil
 	}
 	bound, err := NewKillTimer()
 	if err != nil {
@@ -105,7 +121,7 @@ func execute(req request, steps *steps) (Report, error) {
 	}
 	deadline := time.Now().Add(req.Wait)
 	for attempts := 1; ; attempts++ {
-		if err := awaitPark(req.PID, deadline); err != nil {
+		if err := awaitPark(req.PID, req.TID, deadline); err != nil {
 			return Report{}, err
 		}
 		if err := bound.Set(stopBound); err != nil {
@@ -122,10 +138,10 @@ func execute(req request, steps *steps) (Report, error) {
 	}
 }
 
-// awaitPark watches the main thread until it sleeps in ppoll. A thread that is never seen asleep is taken as well: it
+// awaitPark watches the thread until it sleeps in ppoll. A thread that is never seen asleep is taken as well: it
 // is about to enter its ppoll all the time, and stopAndRun follows it there. One that sleeps in another call is left
 // alone.
-func awaitPark(pid int, deadline time.Time) error {
+func awaitPark(pid, tid int, deadline time.Time) error {
 	const (
 		pause       = 200 * time.Microsecond
 		busyEnough  = 20 // sightings in a row: awake for some milliseconds
@@ -133,7 +149,7 @@ func awaitPark(pid int, deadline time.Time) error {
 	)
 	awake := 0
 	for looks := 0; ; looks++ {
-		where, err := readSyscall(pid)
+		where, err := readSyscall(pid, tid, tid != pid)
 		if err != nil {
 			return err
 		}

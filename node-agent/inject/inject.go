@@ -78,7 +78,7 @@ const (
 // context's deadline, five seconds at most ([ErrBusy]); when the context is cancelled the helper is killed, and a file may
 // stay open in the process.
 func Do(ctx context.Context, pid int, program Program) (Report, error) {
-	answer, err := runHelper(ctx, request{PID: pid, Program: program})
+	answer, err := runHelper(ctx, request{PID: pid, TID: pid, Program: program})
 	// The helper of somebody who was killed comes to its end by itself, in milliseconds.
 	until := time.Now().Add(tracedWait)
 	if deadline, ok := ctx.Deadline(); ok && deadline.Before(until) {
@@ -86,7 +86,7 @@ func Do(ctx context.Context, pid int, program Program) (Report, error) {
 	}
 	for errors.Is(err, ErrTraced) && time.Now().Before(until) && ctx.Err() == nil {
 		time.Sleep(tracedPoll)
-		answer, err = runHelper(ctx, request{PID: pid, Program: program})
+		answer, err = runHelper(ctx, request{PID: pid, TID: pid, Program: program})
 	}
 	if err != nil {
 		return Report{}, fmt.Errorf("inject %v into process %d: %w", program, pid, err)
@@ -112,12 +112,11 @@ func runHelper(ctx context.Context, req request) (response, error) {
 	if err != nil {
 		return response{}, err
 	}
-	req.StartTime = start
-	req.Wait = longestWait
-	if deadline, ok := ctx.Deadline(); ok {
-		left := time.Until(deadline)
-		req.Wait = min(req.Wait, left-min(left/4, answerTime))
+	if req.TID == 0 {
+		req.TID = req.PID
 	}
+	req.StartTime = start
+	req.Wait = waitWithin(ctx)
 	input, err := json.Marshal(req)
 	if err != nil {
 		return response{}, err
@@ -126,12 +125,8 @@ func runHelper(ctx context.Context, req request) (response, error) {
 	ctx, cancel := context.WithTimeout(ctx, req.Wait+2*stopBound+time.Second)
 	defer cancel()
 	var output, complaint bytes.Buffer
-	cmd := exec.CommandContext(ctx, "/proc/self/exe") // the same binary, though its file may have been replaced
-	cmd.Args = []string{helperName}
-	cmd.Env = []string{"GODEBUG=asyncpreemptoff=1", "GOGC=off"} // nothing from outside; no signals and pauses of the runtime's own
-	cmd.Dir = "/"
+	cmd := helperCommand(ctx)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(input), &output, &complaint
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // a Ctrl-Z at our terminal must not stop it
 	runErr := cmd.Run()
 	var answer response
 	if runErr == nil {
@@ -140,13 +135,38 @@ func runHelper(ctx context.Context, req request) (response, error) {
 	if runErr != nil {
 		return response{}, fmt.Errorf("%w: %w%s", ErrHelper, runErr, firstLine(complaint.Bytes()))
 	}
-	if answer.Failure != nil {
-		return response{}, answer.Failure.err()
+	return answer, answer.check(req)
+}
+
+// waitWithin is how long the helper may wait for the thread, so that its answer comes before the context's deadline.
+func waitWithin(ctx context.Context) time.Duration {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return longestWait
 	}
-	if len(answer.Report.Files) != len(req.Program) {
-		return response{}, fmt.Errorf("%w: %d results for %d operations", ErrHelper, len(answer.Report.Files), len(req.Program))
+	left := time.Until(deadline)
+	return min(longestWait, left-min(left/4, answerTime))
+}
+
+// helperCommand is the helper's process, its files and its end left to the caller.
+func helperCommand(ctx context.Context) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "/proc/self/exe") // the same binary, though its file may have been replaced
+	cmd.Args = []string{helperName}
+	cmd.Env = []string{"GODEBUG=asyncpreemptoff=1", "GOGC=off"} // nothing from outside; no signals and pauses of the runtime's own
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // a Ctrl-Z at our terminal must not stop it
+	return cmd
+}
+
+// check returns what the helper says went wrong.
+func (r *response) check(req request) error {
+	if r.Failure != nil {
+		return r.Failure.err()
 	}
-	return answer, nil
+	if len(r.Report.Files) != len(req.Program) {
+		return fmt.Errorf("%w: %d results for %d operations", ErrHelper, len(r.Report.Files), len(req.Program))
+	}
+	return nil
 }
 
 // firstLine gives the first line of what the helper said on its standard error.

@@ -213,7 +213,7 @@ func TestRefusals(t *testing.T) {
 			if _, err := NewPipe(ctx, c.pid()); !errors.Is(err, tc.want) {
 				t.Errorf("got %v, want %v", err, tc.want)
 			}
-			if err := preflight(c.pid()); errors.Is(err, tc.want) != tc.before || err != nil != tc.before {
+			if err := preflight(c.pid(), c.pid()); errors.Is(err, tc.want) != tc.before || err != nil != tc.before {
 				t.Errorf("preflight: %v", err)
 			}
 		})

@@ -14,20 +14,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// preflight reports why calls could not be injected into process pid, as far as that can be known without stopping it.
-// It does not ask whether the main thread is in ppoll, which changes by the millisecond.
-func preflight(pid int) error {
+// preflight reports why calls could not be injected into a thread of process pid, as far as that can be known without stopping it.
+// It does not ask whether the thread is in ppoll, which changes by the millisecond.
+func preflight(pid, tid int) error {
 	if err := checkArchitecture(pid); err != nil {
 		return err
 	}
-	status, err := readStatus(pid)
+	status, err := readStatus(tid)
 	if err != nil {
 		return err
 	}
 	if err := status.injectable(); err != nil {
 		return err
 	}
-	if _, err := readSyscall(pid); err != nil { // asks for the very right that PTRACE_SEIZE asks for
+	if _, err := readCall(pid, tid); err != nil { // asks for the very right that PTRACE_SEIZE asks for
 		return fmt.Errorf("no right to trace it: %w", err)
 	}
 	if status.seccomp {
@@ -128,20 +128,60 @@ const (
 	elsewhere                    // sleeping in another call
 )
 
-// readSyscall looks what the main thread of process pid is doing, without disturbing it.
-func readSyscall(pid int) (whereabouts, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", pid))
+// readSyscall looks what a thread of process pid is doing, without disturbing it. polls says that a poll is as good as a ppoll.
+func readSyscall(pid, tid int, polls bool) (whereabouts, error) {
+	call, err := readCall(pid, tid)
 	if err != nil {
-		return running, gone(err)
+		return running, err
 	}
-	first, _, _ := strings.Cut(strings.TrimSpace(string(text)), " ")
-	switch first {
-	case "running", "-1":
+	switch {
+	case call == nil:
 		return running, nil
-	case strconv.Itoa(unix.SYS_PPOLL):
+	case call.number == unix.SYS_PPOLL, polls && call.parked(pid):
 		return parked, nil
 	}
 	return elsewhere, nil
+}
+
+// sleepingCall is the system call that a thread sleeps in.
+type sleepingCall struct {
+	number      uint64
+	arguments   [6]uint64
+	instruction uint64 // behind the one that made the call
+}
+
+// readCall reads /proc/PID/task/TID/syscall, proc_pid_syscall(5). It returns nil for a thread that is awake, or asleep outside of a call.
+func readCall(pid, tid int) (*sleepingCall, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/syscall", pid, tid))
+	if err != nil {
+		return nil, gone(err)
+	}
+	fields := strings.Fields(string(text))
+	if len(fields) == 0 || fields[0] == "running" || fields[0] == "-1" {
+		return nil, nil
+	}
+	words := make([]uint64, 9) // number, six arguments, stack pointer, instruction pointer
+	for i := range words {
+		if i == len(fields) {
+			return nil, fmt.Errorf("read what thread %d is doing: %q", tid, text)
+		}
+		if words[i], err = strconv.ParseUint(fields[i], 0, 64); err != nil {
+			return nil, fmt.Errorf("read what thread %d is doing: %w", tid, err)
+		}
+	}
+	return &sleepingCall{number: words[0], arguments: [6]uint64(words[1:7]), instruction: words[8]}, nil
+}
+
+// parked says whether the call is one that a thread can be taken in.
+func (c *sleepingCall) parked(pid int) bool {
+	var origin [originBytes]byte
+	if _, ok := park(c.number, nil); !ok { // its code decides, if anything
+		if peek(pid, c.instruction-uint64(len(origin)), origin[:]) != nil {
+			return false
+		}
+	}
+	_, ok := park(c.number, origin[:])
+	return ok
 }
 
 // gone turns "there is no such file" of /proc into ErrGone.

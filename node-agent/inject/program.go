@@ -10,7 +10,11 @@ type Program []Operation
 type Operation struct {
 	Kind kind       `json:"kind"`
 	Name string     `json:"name,omitempty"` // of a memfd
-	File RemoteFile `json:"file,omitzero"`  // to be closed
+	File RemoteFile `json:"file,omitzero"`  // to be closed, mapped, or the virtual machine
+
+	Address uint64       `json:"address,omitempty"` // of memory in the process
+	Bytes   uint64       `json:"bytes,omitempty"`   // of that memory
+	Slots   []MemorySlot `json:"slots,omitempty"`
 }
 
 type kind string
@@ -21,6 +25,8 @@ const (
 	kindPipe            kind = "pipe"
 	kindMemfd           kind = "memfd"
 	kindClose           kind = "close"
+	kindSharedMemory    kind = "shared-memory"
+	kindUnmap           kind = "unmap"
 )
 
 // OpenUserfaultfd makes a userfaultfd for faults in user mode (UFFD_USER_MODE_ONLY). That needs no privilege in the
@@ -44,9 +50,23 @@ func OpenMemfd(name string) Operation { return Operation{Kind: kindMemfd, Name: 
 // duplicate last: the one who closes the last pays for lifting the protection, and it should not be QEMU's main thread.
 func Close(file RemoteFile) Operation { return Operation{Kind: kindClose, File: file} }
 
+// OpenSharedMemory makes a file in memory of that size, as OpenMemfd does, and maps it into the process: memory that the process and this one
+// share. Only for a main thread.
+func OpenSharedMemory(name string, bytes uint64) Operation {
+	return Operation{Kind: kindSharedMemory, Name: name, Bytes: bytes}
+}
+
+// Unmap unmaps memory of [OpenSharedMemory], if the file still is mapped there; one that is not is no error.
+func Unmap(file RemoteFile, address, bytes uint64) Operation {
+	return Operation{Kind: kindUnmap, File: file, Address: address, Bytes: bytes}
+}
+
 // Report is what a program did.
 type Report struct {
-	Files    []RemoteFile  // one for each operation: the file opened or closed
+	Files     []RemoteFile // one for each operation: the file opened, closed or worked with
+	Addresses []uint64     // one for each operation: of the memory mapped
+	Slots     []MemorySlot // found, of all operations together
+
 	Stop     time.Duration // how long the thread was kept from its own work
 	Attempts int           // stops made until the thread was found at a ppoll
 }

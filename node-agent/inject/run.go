@@ -9,18 +9,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stopAndRun takes the main thread of the process, runs the program and lets the thread go, whatever happens.
+// stopAndRun takes the thread, runs the program and lets the thread go, whatever happens.
 func stopAndRun(req request, steps *steps) (Report, error) {
 	own, err := prepare(req.Program)
 	if err != nil {
 		return Report{}, err
 	}
 	defer own.close()
-	status, err := readStatus(req.PID)
+	status, err := readStatus(req.TID)
 	if err != nil {
 		return Report{}, err
 	}
-	t, err := seize(req.PID, status.seccomp, steps)
+	t, err := seize(req.PID, req.TID, status.seccomp, steps)
 	if err != nil {
 		return Report{}, err
 	}
@@ -45,6 +45,8 @@ func stopAndRun(req request, steps *steps) (Report, error) {
 			}
 		}
 		report.Files = append(report.Files, o.file)
+		report.Addresses = append(report.Addresses, o.address)
+		report.Slots = append(report.Slots, o.slots...)
 	}
 	return report, nil
 }
@@ -53,8 +55,10 @@ func (f RemoteFile) known() bool { return f.Link != "" }
 
 // result is what one operation left: a file opened, or the one closed.
 type result struct {
-	file RemoteFile
-	open bool
+	file    RemoteFile
+	open    bool
+	address uint64 // of memory mapped
+	slots   []MemorySlot
 }
 
 // runStopped runs the program's operations; after a failure it closes what they had opened. It returns errMissed itself
@@ -102,6 +106,14 @@ func (t *tracee) run(op Operation, pid int, own *ownFiles) (result, error) {
 			err = t.close(op.File.FD)
 		}
 		return result{file: op.File}, err
+	case kindSharedMemory:
+		fd, address, err := t.openSharedMemory(op.Name, op.Bytes)
+		return result{file: RemoteFile{FD: fd}, open: true, address: address}, err
+	case kindUnmap:
+		return result{file: op.File}, t.unmap(pid, op.File, op.Address, op.Bytes)
+	case kindFindSlots, kindReadLogs, kindClearLogs, kindRefillLogs, kindStopLogs:
+		slots, err := t.runKVM(op, pid)
+		return result{file: op.File, slots: slots}, err
 	default:
 		err = fmt.Errorf("unknown operation %q", op.Kind)
 	}

@@ -21,8 +21,10 @@ const mostStops = 256
 type tracee struct {
 	tid     int
 	steps   *steps
+	polls   bool // a thread that is not the main one, to be taken in a poll as well
 	atEntry bool
-	entry   registers // at the entry of the ppoll
+	entry   registers // at the entry of the ppoll, or poll
+	most    int       // arguments that a call in its place can have
 	signal  int       // to be delivered when the thread is resumed
 	lost    error     // set when the thread is not ours to resume any more: it ended, or its process was stopped
 }
@@ -36,8 +38,8 @@ const (
 	stopEvent               // PTRACE_INTERRUPT, and others without meaning here
 )
 
-// seize begins to trace thread tid, and does not stop it.
-func seize(tid int, seccomp bool, steps *steps) (*tracee, error) {
+// seize begins to trace thread tid of process pid, and does not stop it.
+func seize(pid, tid int, seccomp bool, steps *steps) (*tracee, error) {
 	options := unix.PTRACE_O_TRACESYSGOOD // vital: see the package comment
 	if seccomp {
 		options |= unix.PTRACE_O_SUSPEND_SECCOMP
@@ -48,14 +50,14 @@ func seize(tid int, seccomp bool, steps *steps) (*tracee, error) {
 			return nil, fmt.Errorf("%w: %w", ErrGone, err)
 		case errors.Is(err, unix.EPERM):
 			// The kernel has one answer for all: no right to, already traced, about to end.
-			if cause := preflight(tid); cause != nil {
+			if cause := preflight(pid, tid); cause != nil {
 				return nil, cause
 			}
 		}
 		return nil, fmt.Errorf("PTRACE_SEIZE: %w", err)
 	}
 	steps.pass("seized")
-	return &tracee{tid: tid, steps: steps}, nil
+	return &tracee{tid: tid, steps: steps, polls: tid != pid}, nil
 }
 
 // interrupt stops the thread wherever it is. A sleeping ppoll ends with ERESTARTNOHAND: the kernel will enter it again.
@@ -86,14 +88,18 @@ func (t *tracee) toEntry() error {
 			if err != nil {
 				return err
 			}
-			if info.op != unix.PTRACE_SYSCALL_INFO_ENTRY || info.arch != auditArch || info.nr != unix.SYS_PPOLL {
+			if info.op != unix.PTRACE_SYSCALL_INFO_ENTRY || info.arch != auditArch || info.nr != unix.SYS_PPOLL && !t.polls {
 				continue
 			}
 			if err := t.entry.read(t.tid); err != nil {
 				return gone(err)
 			}
-			if err := t.checkInstruction(); err != nil {
+			here, err := t.checkEntry(info.nr)
+			if err != nil {
 				return err
+			}
+			if !here {
+				continue
 			}
 			t.atEntry = true
 			t.steps.pass("at entry")
@@ -103,16 +109,21 @@ func (t *tracee) toEntry() error {
 	return errMissed
 }
 
-// checkInstruction makes sure that the thread entered the kernel by the instruction that it will be sent back to.
-func (t *tracee) checkInstruction() error {
-	var code [len(syscallInstruction)]byte
-	if err := t.peek(t.entry.instruction()-uint64(len(code)), code[:]); err != nil {
-		return fmt.Errorf("read the instruction of its ppoll: %w", err)
+// checkEntry says whether the call is one that the thread can be taken at, and makes sure that it entered the kernel by the instruction that it
+// will be sent back to.
+func (t *tracee) checkEntry(nr uint64) (bool, error) {
+	var origin [originBytes]byte
+	if err := t.peek(t.entry.instruction()-uint64(len(origin)), origin[:]); err != nil {
+		return false, fmt.Errorf("read the instruction of its call: %w", err)
 	}
-	if string(code[:]) != syscallInstruction {
-		return fmt.Errorf("%w: its ppoll was entered by another instruction (%x)", ErrUnsupported, code)
+	var here bool
+	if t.most, here = park(nr, origin[:]); !here {
+		return false, nil
 	}
-	return nil
+	if code := origin[len(origin)-len(syscallInstruction):]; string(code) != syscallInstruction {
+		return false, fmt.Errorf("%w: its ppoll was entered by another instruction (%x)", ErrUnsupported, code)
+	}
+	return true, nil
 }
 
 // call executes one system call in place of the ppoll at which the thread stands, or which it is let run to. The thread
@@ -123,8 +134,8 @@ func (t *tracee) call(name string, number uint64, args ...uint64) (uint64, error
 			return 0, err
 		}
 	}
-	if len(args) > mostArguments {
-		return 0, fmt.Errorf("%s: %d arguments", name, len(args))
+	if len(args) > t.most {
+		return 0, fmt.Errorf("%w: %s with %d arguments in place of a call in which %d can be given", ErrUnsupported, name, len(args), t.most)
 	}
 	if err := t.entry.replaceCall(t.tid, number, args, t.steps); err != nil {
 		return 0, fmt.Errorf("replace ppoll by %s: %w", name, gone(err))
@@ -295,22 +306,25 @@ func (t *tracee) withScratch(content func(address uint64) []byte, use func(addre
 	return during[:], err
 }
 
-func (t *tracee) peek(address uint64, into []byte) error {
-	return t.transfer(unix.ProcessVMReadv, address, into)
-}
+func (t *tracee) peek(address uint64, into []byte) error { return peek(t.tid, address, into) }
 
 func (t *tracee) poke(address uint64, from []byte) error {
-	return t.transfer(unix.ProcessVMWritev, address, from)
+	return transfer(unix.ProcessVMWritev, t.tid, address, from)
 }
 
-func (t *tracee) transfer(how func(int, []unix.Iovec, []unix.RemoteIovec, uint) (int, error), address uint64, local []byte) error {
-	n, err := how(t.tid, []unix.Iovec{{Base: &local[0], Len: uint64(len(local))}},
+// peek reads the memory of a thread's process.
+func peek(tid int, address uint64, into []byte) error {
+	return transfer(unix.ProcessVMReadv, tid, address, into)
+}
+
+func transfer(how func(int, []unix.Iovec, []unix.RemoteIovec, uint) (int, error), tid int, address uint64, local []byte) error {
+	n, err := how(tid, []unix.Iovec{{Base: &local[0], Len: uint64(len(local))}},
 		[]unix.RemoteIovec{{Base: uintptr(address), Len: len(local)}}, 0)
 	if err == nil && n != len(local) {
 		err = unix.EFAULT
 	}
 	if err != nil {
-		return fmt.Errorf("memory of thread %d at %#x: %w", t.tid, address, gone(err))
+		return fmt.Errorf("memory of thread %d at %#x: %w", tid, address, gone(err))
 	}
 	return nil
 }

@@ -20,6 +20,7 @@ type CaptureRequest struct {
 	Compression   image.Compression `json:"compression"`
 	VerifyParent  bool              `json:"verifyParent,omitempty"`
 	OtherKeys     bool              `json:"otherKeys,omitempty"`
+	Witness       bool              `json:"witness,omitempty"`
 	RecordDir     string            `json:"recordDir,omitempty"`
 	ResidueBudget time.Duration     `json:"residueBudget,omitempty"` // ns, as the next two
 	HoldBound     time.Duration     `json:"holdBound,omitempty"`
@@ -56,6 +57,7 @@ func runCapture(ctx context.Context, r CaptureRequest, progress func(any)) (*cap
 		Attributes:    r.Attributes,
 		VerifyParent:  r.VerifyParent,
 		OtherKeys:     r.OtherKeys,
+		Witness:       r.Witness,
 		// What a restore has half written is nobody's memory.
 		Admit:    func() error { return restore.Admit(ctx, target, recordDir(r.RecordDir)) },
 		Progress: func(p capture.Progress) { progress(p) },

@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmckpt/vmckpt/node-agent/pagetable"
-	"github.com/vmckpt/vmckpt/node-agent/qemu/devstate"
 )
 
 // Code names a kind of reason for which a VM is refused. Codes are for programs and stay the same; texts are for people.
@@ -32,7 +31,6 @@ const (
 	CodeForeignMemory   Code = "foreign-memory" // device emulation in another process
 	CodeHugePages       Code = "1gib-pages"
 	CodeSharedWriter    Code = "shared-writer"
-	CodeNested          Code = "nested-guests"
 	CodeMigrationBlock  Code = "migration-blocked" // among others, a device whose state QEMU cannot save
 	CodeMigrationActive Code = "migration-active"
 	CodeRunState        Code = "run-state"
@@ -118,15 +116,6 @@ func Capturable(ctx context.Context, m Monitor, p *Process, layout Layout) error
 		reasons = append(reasons, Reason{CodeRunState, fmt.Sprintf("the VM is %s, neither running nor paused", state)})
 	}
 	return refuse(p, reasons)
-}
-
-// CapturableState refuses a VM by its device state: whose guest runs guests of its own under KVM. The processor then writes pages of its memory
-// (a virtual APIC, posted interrupts) that KVM has mapped for it, past all page tables, for as long as the inner guest runs.
-func CapturableState(p *Process, stream []byte) error {
-	if !devstate.HasNestedGuests(stream) {
-		return nil
-	}
-	return refuse(p, []Reason{{CodeNested, "the guest runs guests of its own, for which hardware writes memory unseen"}})
 }
 
 // Supported is Capturable without a look at the run state: for a VM that something is to be loaded into.

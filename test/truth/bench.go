@@ -20,6 +20,7 @@ type Bench struct {
 	Repository *image.Repository
 	Dir        string // of the repository
 	RecordDir  string // session records
+	Witness    bool   // captures keep KVM's dirty log
 	Oracle     *Oracle
 	Names      []string // of the images made, in order
 
@@ -81,7 +82,7 @@ func (b *Bench) Disconnect() { b.Target.Monitor.Close() }
 func (b *Bench) Options() capture.Options {
 	b.n++
 	return capture.Options{
-		Name: fmt.Sprintf("i%03d", b.n), RecordDir: b.RecordDir, Compression: image.S2,
+		Name: fmt.Sprintf("i%03d", b.n), RecordDir: b.RecordDir, Compression: image.S2, Witness: b.Witness,
 		HoldBound:  10 * time.Second, // reading everything takes its time
 		WriteBound: 5 * time.Second,  // whatever else this machine is busy with
 		Hooks:      capture.Hooks{Held: b.Oracle.Look},

@@ -78,6 +78,7 @@ func TestWorkerKilled(t *testing.T) {
 
 func killWorkers(t *testing.T, o machine.Options) {
 	b := newBench(t, o)
+	b.Witness = true // where there is KVM
 	first, img := b.Capture(t.Context(), b.Options())
 	b.Judge(t.Context(), first, img)
 	for _, c := range []struct {

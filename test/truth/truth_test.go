@@ -35,13 +35,15 @@ const (
 // bench is a machine to which random things are done.
 type bench struct {
 	*Bench
-	t       *testing.T
-	rng     *rand.Rand
-	tracked bool   // the page tables tell of all its memory what is written to it
-	balloon uint64 // bytes that the balloon leaves the guest
-	judged  int    // random instants
-	guarded int    // of those, with memory on a guard
-	caught  uint64 // pages that the guest was about to write then
+	t        *testing.T
+	rng      *rand.Rand
+	tracked  bool   // the page tables tell of all its memory what is written to it
+	balloon  uint64 // bytes that the balloon leaves the guest
+	judged   int    // random instants
+	chance   bool   // KVM's dirty log is kept or not by chance
+	compared int    // of those, where KVM's log saw the whole time
+	guarded  int    // of those, with memory on a guard
+	caught   uint64 // pages that the guest was about to write then
 }
 
 // newBench starts a machine. Everything that is random comes from the flag's seed and the test's name.
@@ -51,7 +53,7 @@ func newBench(t *testing.T, o machine.Options) *bench {
 		name = name*31 + uint64(c)
 	}
 	t.Logf("seed %d", *seed)
-	b := &bench{Bench: NewBench(t, o), t: t, rng: rand.New(rand.NewPCG(*seed, name)), balloon: o.MemoryBytes}
+	b := &bench{Bench: NewBench(t, o), t: t, rng: rand.New(rand.NewPCG(*seed, name)), balloon: o.MemoryBytes, chance: true}
 	// A balloon punches holes into shared memory, which its page tables do not tell of.
 	b.tracked = kernelTracks(t) && (o.Memory != machine.Memfd || !b.Machine.Options().Balloon)
 	return b
@@ -144,7 +146,7 @@ func (b *bench) run(ctx context.Context, n int, before func(i int)) {
 		sources[fmt.Sprintf("%q", result.Source)]++
 		b.judged++
 	}
-	b.t.Logf("%d instants by source: %v; so far %d with a guard, which caught %d pages", n, sources, b.guarded, b.caught)
+	b.t.Logf("%d instants by source: %v; so far %d with a guard, which caught %d pages, and %d with a witness", n, sources, b.guarded, b.caught, b.compared)
 }
 
 // instant takes a checkpoint at a random moment and judges it.
@@ -158,6 +160,7 @@ func (b *bench) instant(ctx context.Context, k kind) *capture.Result {
 		wrote = b.untilWritten(ctx)
 	}
 	o := b.Options()
+	o.Witness = o.Witness || b.chance && b.rng.IntN(3) != 0
 	switch b.rng.IntN(4) {
 	case 0:
 		o.Instant = capture.Early
@@ -187,6 +190,12 @@ func (b *bench) instant(ctx context.Context, k kind) *capture.Result {
 	}
 	result, img := b.Capture(ctx, o)
 	b.Judge(ctx, result, img)
+	if result.Witness.Alarm() {
+		b.t.Errorf("image %s: the page tables missed writes: %s", o.Name, show(result))
+	}
+	if result.Witness != nil && result.Witness.Compared {
+		b.compared++
+	}
 	if result.Guard != nil {
 		b.guarded++
 		b.caught += result.Guard.Caught
