@@ -155,6 +155,9 @@ func (c *capture) prepare(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := c.session.LetBe(ctx); err != nil { // what a capture that was killed has left
+		return err
+	}
 	c.copied = dirty.NewSets(c.blocks)
 	if err := c.createImage(ctx); err != nil {
 		return err

@@ -179,6 +179,9 @@ func (c *capture) arm(ctx context.Context) (_ *cow, err error) {
 			err = errors.Join(err, w.end())
 		}
 	}()
+	if err := c.session.HoldOff(ctx, pages); err != nil {
+		return nil, err
+	}
 	uffd, err := c.syncUserfaultfd(ctx)
 	if err != nil {
 		return nil, err
@@ -420,5 +423,8 @@ func (w *cow) end() error {
 		w.c.result.Guard.Caught += w.caught
 		w.guard.Close()
 	}
-	return errors.Join(err, w.c.session.TakeBack())
+	err = errors.Join(err, w.c.session.TakeBack())
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), endBound)
+	defer cancel()
+	return errors.Join(err, w.c.session.LetBe(ctx))
 }

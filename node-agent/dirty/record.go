@@ -33,6 +33,7 @@ type Record struct {
 	Tracked     []string          `json:"tracked,omitempty"` // names of the blocks that are registered with it
 	Leash       *Leash            `json:"leash,omitempty"`
 	Abandoned   []AbandonedPipe   `json:"abandoned,omitempty"`
+	HeldOff     *HeldOff          `json:"heldOff,omitempty"`
 
 	Witness *Witness `json:"witness,omitempty"`
 	Nested  bool     `json:"nested,omitempty"` // the guest ran guests of its own at the image

@@ -60,6 +60,9 @@ func Release(ctx context.Context, p Process, recordDir string) (tracked bool, er
 	for _, file := range present {
 		failed = append(failed, takeOut(ctx, p.PID, file))
 	}
+	if readErr == nil && old.HeldOff != nil {
+		failed = append(failed, old.HeldOff.undo(ctx, p))
+	}
 	if readErr == nil && old.Witness != nil {
 		failed = append(failed, takeOutWitness(ctx, p.PID, old.Witness))
 	}

@@ -39,7 +39,7 @@ func stopAndRun(req request, steps *steps) (Report, error) {
 		return report, ErrGone
 	}
 	for _, o := range opened {
-		if !o.file.known() {
+		if o.open && !o.file.known() {
 			if o.file, err = Identify(req.PID, o.file.FD); err != nil {
 				return report, gone(err)
 			}
@@ -111,6 +111,8 @@ func (t *tracee) run(op Operation, pid int, own *ownFiles) (result, error) {
 		return result{file: RemoteFile{FD: fd}, open: true, address: address}, err
 	case kindUnmap:
 		return result{file: op.File}, t.unmap(pid, op.File, op.Address, op.Bytes)
+	case kindLock, kindUnlock, kindMerge, kindDoNotMerge:
+		return result{}, t.runPages(op)
 	case kindFindSlots, kindReadLogs, kindClearLogs, kindRefillLogs, kindStopLogs:
 		slots, err := t.runKVM(op, pid)
 		return result{file: op.File, slots: slots}, err
