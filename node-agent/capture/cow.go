@@ -359,6 +359,15 @@ func (w *cow) fill(b *image.Batch, p piece) error {
 	if err := c.fill(b, p); err != nil {
 		return err
 	}
+	if omit := c.o.Hooks.Omit; omit != nil { // what is left out on purpose is not missed here
+		for _, run := range p.runs {
+			for page := run.First; page < run.End(); page++ {
+				if omit(p.block, page) {
+					w.take(p.block, page)
+				}
+			}
+		}
+	}
 	block := c.blocks[p.block]
 	still := pageset.New(block.Pages())
 	var ranges []guard.Range

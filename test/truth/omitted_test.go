@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/vmckpt/vmckpt/image/pageset"
+	"github.com/vmckpt/vmckpt/node-agent/capture"
 	"github.com/vmckpt/vmckpt/test/guest/linux/workload"
 	"github.com/vmckpt/vmckpt/test/guest/writer"
 	"github.com/vmckpt/vmckpt/test/machine"
@@ -17,7 +18,7 @@ import (
 
 // omit takes a checkpoint that leaves pages of the main memory out on purpose, which have changed since the last instant. All of them have
 // to be found, and no other.
-func (b *bench) omit(victims ...uint64) {
+func (b *bench) omit(when capture.When, victims ...uint64) {
 	b.t.Helper()
 	ctx := b.t.Context()
 	page := func(number uint64) []byte {
@@ -30,6 +31,9 @@ func (b *bench) omit(victims ...uint64) {
 	// A page may hold by chance what it held then, as when the disk reads the same place again: one in a thousand.
 	for range 3 {
 		o := b.Options()
+		if o.Instant = when; when == capture.Early {
+			o.ResidueBudget = time.Microsecond // all of it on a guard
+		}
 		o.Hooks.Omit = func(block int, page uint64) bool { return block == 0 && slices.Contains(victims, page) }
 		result, img := b.Capture(ctx, o)
 		if b.tracked && result.Source != byPageTables {
@@ -65,7 +69,8 @@ func TestOmittedPageIsFound(t *testing.T) {
 	for _, accel := range []machine.Accel{machine.TCG, machine.KVM} {
 		for _, memory := range []machine.Memory{machine.Private, machine.Memfd} {
 			o := machine.Options{Accel: accel, Memory: memory, MemoryBytes: 64 * machine.MiB}
-			t.Run("bare-"+o.String(), func(t *testing.T) {
+			when := capture.Late
+			bare := func(t *testing.T) {
 				o.Guest = machine.Writer{Percent: 50, Parameters: writer.Parameters{Whole: true}}
 				b := newBench(t, o)
 				b.Capture(t.Context(), b.Options())
@@ -74,8 +79,11 @@ func TestOmittedPageIsFound(t *testing.T) {
 				if _, err := b.Machine.WaitWriter(t.Context(), func(s writer.Status) bool { return s.Pages > before.Pages+2*p.Low.Pages }); err != nil {
 					t.Fatal(err)
 				}
-				b.omit(p.Low.GPA/pageset.PageBytes + b.rng.Uint64N(p.Low.Pages))
-			})
+				b.omit(when, p.Low.GPA/pageset.PageBytes+b.rng.Uint64N(p.Low.Pages))
+			}
+			t.Run("bare-"+o.String(), bare)
+			when = capture.Early
+			t.Run("guarded-"+o.String(), bare)
 		}
 	}
 	for _, memory := range []machine.Memory{machine.Private, machine.Memfd} {
@@ -117,7 +125,7 @@ func omitOfLinux(t *testing.T, o machine.Options) {
 			t.Fatalf("the guest does not get on: it came from %v to %v", before, now)
 		}
 	}
-	b.omit(counted, read)
+	b.omit(capture.Late, counted, read)
 }
 
 // pageWith returns the page of a memory that has a content.
