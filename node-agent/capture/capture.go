@@ -274,6 +274,7 @@ func (c *capture) take(ctx context.Context) (*dirty.Instant, []byte, error) {
 			return nil, nil, err
 		}
 		last = err
+		c.result.Lost = append(c.result.Lost, err.Error())
 		if c.result.held() > c.o.PauseBound {
 			return nil, nil, &AttemptsError{attempt, last}
 		}

@@ -330,9 +330,13 @@ func (w *cow) copy() error {
 	c := w.c
 	begin := time.Now()
 	c.report.phase("copying", w.guarded.Count())
+	c.o.step(StepConfirmed)
 	// What the guest is about to write comes by the ring meanwhile.
 	if err := c.copyPages(w.ctx, w.guarded, c.writer.Batch, c.writer.Submit, w.fill); err != nil {
-		return errors.Join(err, context.Cause(w.ctx))
+		if cause := context.Cause(w.ctx); cause != nil {
+			return cause // that the copying was ended says nothing
+		}
+		return err
 	}
 	c.o.step(StepTaken)
 	if err := w.guard.Flush(w.ctx); err != nil {

@@ -109,7 +109,7 @@ type Hooks struct {
 // Step names a point in the course of a checkpoint.
 type Step string
 
-// The steps, in order. Those from Harvested to Copied come once a round; Lent, Guarded, Kept, Taken and Unguarded only where something is guarded.
+// The steps, in order. Those from Harvested to Copied come once a round; Lent, Guarded, Kept, and from Confirmed to Unguarded, only where something is guarded.
 const (
 	StepBegun       Step = "begun"        // nothing was touched yet
 	StepInvalidated Step = "invalidated"  // the session record is invalid, and synced so
@@ -124,9 +124,10 @@ const (
 	StepScanned     Step = "scanned"
 	StepKept        Step = "kept" // from now on the guard copies a page before it lets it go
 	StepResidue     Step = "residue copied"
-	StepRearmed     Step = "rearmed"  // tracking counts from the instant on
-	StepReleased    Step = "released" // the machine runs again
-	StepTaken       Step = "taken"    // what was guarded is copied, the guard still there
+	StepRearmed     Step = "rearmed"   // tracking counts from the instant on
+	StepReleased    Step = "released"  // the machine runs again
+	StepConfirmed   Step = "confirmed" // the instant counts; nothing of what is guarded is copied yet
+	StepTaken       Step = "taken"     // what was guarded is copied, the guard still there
 	StepUnguarded   Step = "unguarded"
 	StepSealing     Step = "sealing"
 	StepSealed      Step = "sealed" // the image is there, the record still invalid
@@ -136,7 +137,7 @@ const (
 // Steps are all steps in order.
 var Steps = []Step{
 	StepBegun, StepInvalidated, StepHarvested, StepBarrier, StepCopied, StepLent, StepGuarded, StepArmed, StepSent, StepHeld, StepScanned,
-	StepKept, StepResidue, StepRearmed, StepReleased, StepTaken, StepUnguarded, StepSealing, StepSealed, StepRecorded,
+	StepKept, StepResidue, StepRearmed, StepReleased, StepConfirmed, StepTaken, StepUnguarded, StepSealing, StepSealed, StepRecorded,
 }
 
 func (o Options) withDefaults() Options {

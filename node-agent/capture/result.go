@@ -33,6 +33,9 @@ type Result struct {
 	Phases   []Phase       `json:"phases"`
 	Attempts int           `json:"attempts"` // at the instant; 1 where the first one held
 
+	// Lost says why each attempt before the last came to nothing.
+	Lost []string `json:"lost,omitempty"`
+
 	Harvest HarvestReport    `json:"harvest"`
 	Guard   *GuardReport     `json:"guard,omitempty"` // of the last attempt that had one
 	Witness *WitnessReport   `json:"witness,omitempty"`

@@ -45,7 +45,7 @@ func options() machine.Options {
 var early = []capture.Step{capture.StepHarvested, capture.StepBarrier, capture.StepCopied}
 
 // guarding are the steps of a guard, which only a capture with much to copy is sure to go through, if it does not copy it beforehand.
-var guarding = []capture.Step{capture.StepLent, capture.StepGuarded, capture.StepKept, capture.StepTaken, capture.StepUnguarded}
+var guarding = []capture.Step{capture.StepLent, capture.StepGuarded, capture.StepKept, capture.StepConfirmed, capture.StepTaken, capture.StepUnguarded}
 
 // through are the options of the next capture, one that goes through the step.
 func through(b *truth.Bench, step capture.Step) capture.Options {

@@ -85,7 +85,7 @@ func atIt(step capture.Step) capture.Step { return step }
 // instant, and ends where there is one.
 func ahead(step capture.Step) capture.Step {
 	switch {
-	case step == capture.StepTaken, step == capture.StepUnguarded: // after the last look
+	case step == capture.StepConfirmed, step == capture.StepTaken, step == capture.StepUnguarded: // after the last look
 		return step
 	case before(capture.StepSealing, step):
 		return capture.StepSealing
@@ -107,7 +107,7 @@ var plots = []plot{
 // the checkpoint; what came to nothing before it, or began after it, leaves it a true image; and a machine that has gone stays where it is.
 func TestMigration(t *testing.T) {
 	atInstant := slices.DeleteFunc(slices.Clone(capture.Steps), func(step capture.Step) bool {
-		return before(step, capture.StepArmed) || !before(step, capture.StepTaken)
+		return before(step, capture.StepArmed) || !before(step, capture.StepConfirmed)
 	})
 	for _, c := range []struct {
 		version machine.Version
@@ -201,7 +201,7 @@ func migrates(t *testing.T, b *truth.Bench, p plot, step capture.Step) {
 
 	trueOrNone(t, b, o.Name, result, captured)
 	switch {
-	case !before(step, capture.StepTaken):
+	case !before(step, capture.StepConfirmed):
 		if captured != nil {
 			t.Errorf("it was done with the machine before, and yet: %v", captured)
 		}

@@ -21,7 +21,7 @@ func (b *bench) onGuard(act func()) capture.Options {
 	o := b.Options()
 	o.Mode, o.Instant, o.ResidueBudget = capture.Full, capture.Early, time.Microsecond
 	o.Hooks.Step = func(at capture.Step) {
-		if at == capture.StepReleased {
+		if at == capture.StepConfirmed {
 			act()
 		}
 	}
@@ -49,7 +49,7 @@ func TestGivenBackBehindGuard(t *testing.T) {
 			}))
 			b.Judge(ctx, result, img)
 			if result.Attempts != 1 || result.Guard == nil {
-				t.Errorf("it took %d attempts: %+v", result.Attempts, result.Guard)
+				t.Errorf("it took %d attempts: %+v, %q", result.Attempts, result.Guard, result.Lost)
 			}
 			if after := memlock(t, b.Machine.PID); after != before {
 				t.Errorf("the limit on locked memory was %v, and is %v", before, after)
@@ -151,7 +151,7 @@ func TestMergedBehindGuard(t *testing.T) {
 		}))
 		b.Judge(ctx, result, img)
 		if result.Attempts != 1 {
-			t.Errorf("it took %d attempts", result.Attempts)
+			t.Errorf("it took %d attempts: %q", result.Attempts, result.Lost)
 		}
 	}
 	for deadline := time.Now().Add(time.Minute); merged() == 0; time.Sleep(10 * time.Millisecond) {
