@@ -350,7 +350,11 @@ func (w *cow) copy() error {
 	missing.Subtract(w.taken)
 	for i, set := range missing {
 		for r := range set.Runs() {
-			return fmt.Errorf("%w: %d pages, first page %#x of block %s", errUnguarded, missing.Count(), r.First, c.blocks[i].Name)
+			// What the kernel has to say of the page may tell who did it.
+			at, found := rangeOf(c.blocks[i], r), pagetable.Categories(0)
+			c.pagemap.Scan(pagetable.ScanArgs{Start: at.Start, End: at.Start + pageset.PageBytes, ReturnMask: ^pagetable.Categories(0) >> 56}, //nolint:errcheck // see above
+				func(r pagetable.Region) error { found = r.Categories; return nil })
+			return fmt.Errorf("%w: %d pages, first page %#x of block %s, of categories %#x", errUnguarded, missing.Count(), r.First, c.blocks[i].Name, uint64(found))
 		}
 	}
 	c.result.phase("copy on write", begin)
