@@ -359,12 +359,13 @@ func BenchmarkWitness(b *testing.B) {
 	for _, version := range []machine.Version{machine.V72, machine.V10} {
 		for _, gib := range []uint64{1, 4} {
 			b.Run(fmt.Sprintf("%s/%dGiB", version, gib), func(b *testing.B) {
-				parameters := writer.Parameters{Random: true, PagesPerPass: 1 << 12, Spin: 3_000_000}
+				parameters := writer.Parameters{Random: true, PagesPerPass: 1 << 10, Spin: 3_000_000}
 				rig := NewBench(b, machine.Options{QEMU: version, Accel: machine.KVM, MemoryBytes: gib * machine.GiB,
 					Guest: machine.Writer{Percent: 100, Parameters: parameters}})
 				capture := func() *capture.WitnessReport {
 					o := rig.Options()
 					o.Witness, o.Hooks.Held = true, nil
+					o.ResidueBudget = 10 * time.Second // no guard, which makes all that it had dirty the next time
 					result, _ := rig.Capture(b.Context(), o)
 					if w := result.Witness; w.Alarm() || w.Why != "" && rig.n > 1 {
 						b.Fatal(show(result))
