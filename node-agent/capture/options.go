@@ -102,6 +102,9 @@ type Hooks struct {
 	// Step is called at each named step of a checkpoint, see [Steps].
 	Step func(step Step)
 
+	// Nested has the guest pass for one that runs guests of its own.
+	Nested bool
+
 	// Omit tells of pages that are left out on purpose, so that a test of the truth can be seen to fail.
 	Omit func(block int, page uint64) bool
 }

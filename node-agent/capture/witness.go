@@ -37,7 +37,7 @@ func (c *capture) proveLog(ctx context.Context) error {
 // posted interrupts) that KVM has mapped for it, past all page tables: only KVM's log knows of them. Without it nothing is known to be clean,
 // and everything has to be copied while the machine stands still.
 func (c *capture) lookForNested(stream []byte) {
-	c.nested = devstate.HasNestedGuests(stream)
+	c.nested = devstate.HasNestedGuests(stream) || c.o.Hooks.Nested
 	c.session.Nested(c.nested)
 	if c.nested && !c.session.Witnessed() {
 		c.distrust()

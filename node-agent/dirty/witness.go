@@ -123,10 +123,31 @@ func (s *Session) Migration(ctx context.Context, active bool) error {
 		return nil
 	}
 	k.drop(errors.New("a migration has the log"))
-	if _, err := k.helper.Do(ctx, inject.Program{inject.RefillDirtyLogs(k.record.VM, cleared)}); err != nil {
+	refill := inject.RefillDirtyLogs(k.record.VM, cleared)
+	_, err := k.helper.Do(ctx, inject.Program{refill})
+	if errors.Is(err, inject.ErrHelper) {
+		// It may have died with the log switched off.
+		err = k.again(ctx, inject.Program{inject.FindMemorySlots(k.record.VM, cleared, k.record.Address), refill})
+	}
+	if err != nil {
 		return fmt.Errorf("make the KVM log whole for a migration that began: %w", err)
 	}
 	return nil
+}
+
+// again has a program done by a new helper.
+func (k *KVMLog) again(ctx context.Context, program inject.Program) error {
+	thread, err := inject.MonitorThread(k.pid)
+	if err != nil {
+		return err
+	}
+	helper, err := inject.StartResident(ctx, k.pid, thread)
+	if err != nil {
+		return err
+	}
+	defer helper.Close() //nolint:errcheck // it has nothing to say
+	_, err = helper.Do(ctx, program)
+	return err
 }
 
 // Unproven says whether the log was cleared since the session was last told of migrations.

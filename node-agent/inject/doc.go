@@ -28,13 +28,20 @@
 //     and they are zero (the interrupted ppoll wrote them; QEMU and GLib clear them before a fresh one). QEMU's main
 //     loop finds nothing to do and polls again.
 //
+// What has to be done while the main thread is held (KVM's dirty log: [FindMemorySlots] and its like) is done in the thread that serves QEMU's
+// monitors, [MonitorThread], by a helper that was started before, [Resident]. GLib has that thread wait in poll, which differs: an
+// interrupted poll is restarted as restart_syscall, whose state the kernel keeps in the thread until it sleeps in another call, so that thread is led
+// back to that; and glibc keeps the cancellation state in the register of the fifth argument, so our calls there have three. If the helper
+// dies in between, GLib sees our result in place of poll's, finds no events, and polls again; of an error it says a line on standard error.
+//
 // This is why an existing call is replaced, and never the instruction pointer turned to one of ours: there is no instant at
 // which the thread's way home is known to the tracer alone.
 //
 // More that this rests on:
 //
 //   - Only the argument registers that our call needs are changed, five at most. glibc keeps the thread's cancellation
-//     state in the register of the sixth across ppoll, and reads it after the call.
+//     state in the register of the sixth across ppoll, and reads it after the call. The sixth of an mmap, its offset, is the zero that
+//     is there, or the call is not made.
 //   - PTRACE_O_TRACESYSGOOD is no convenience: without it a thread whose tracer dies just before it has seen a system
 //     call stop gets a real SIGTRAP and dies. With it the kernel discards the number.
 //   - Stops are looked at and never consumed (waitid with WNOWAIT): a signal on its way to the process is delivered by the

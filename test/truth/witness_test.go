@@ -113,28 +113,31 @@ func (b *bench) tracking() *pagetable.Userfaultfd {
 	return &pagetable.Userfaultfd{File: local}
 }
 
+// forget lets the guest write, stops it, and makes the page tables forget what its vCPU wrote, behind the back of the session.
+func (b *bench) forget(ctx context.Context) {
+	b.t.Helper()
+	if _, err := b.Machine.WaitWriter(ctx, func(s writer.Status) bool { return s.Passes > b.status().Passes+2 }); err != nil {
+		b.t.Fatal(err)
+	}
+	if err := b.Machine.Stop(ctx); err != nil {
+		b.t.Fatal(err)
+	}
+	layout, err := qemu.ReadLayout(ctx, b.Target.Monitor, b.Target.Process)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	p := b.Machine.WriterParameters() // what its vCPU writes
+	if err := b.tracking().WriteProtect(layout[0].HVA+p.Low.GPA, p.Low.Pages*pageset.PageBytes, true); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
 // TestWitnessAlarm makes the page tables forget what was written, behind the back of the session. KVM's log tells, the image is right, and so is
 // the next, for which there is no alarm any more. Without the witness the image is wrong.
 func TestWitnessAlarm(t *testing.T) {
 	onKVM(t, func(t *testing.T, b *bench) {
 		ctx := t.Context()
-		forget := func() {
-			if _, err := b.Machine.WaitWriter(ctx, func(s writer.Status) bool { return s.Passes > b.status().Passes+2 }); err != nil {
-				t.Fatal(err)
-			}
-			if err := b.Machine.Stop(ctx); err != nil {
-				t.Fatal(err)
-			}
-			layout, err := qemu.ReadLayout(ctx, b.Target.Monitor, b.Target.Process)
-			if err != nil {
-				t.Fatal(err)
-			}
-			p := b.Machine.WriterParameters() // what its vCPU writes
-			if err := b.tracking().WriteProtect(layout[0].HVA+p.Low.GPA, p.Low.Pages*pageset.PageBytes, true); err != nil {
-				t.Fatal(err)
-			}
-		}
-		forget()
+		b.forget(ctx)
 		result, img := b.Capture(ctx, b.Options())
 		b.Judge(ctx, result, img)
 		if w := result.Witness; !w.Alarm() || w.First == "" || result.Source != byContentHash || !strings.Contains(result.Why, "KVM dirty log") {
@@ -148,7 +151,7 @@ func TestWitnessAlarm(t *testing.T) {
 		}
 
 		b.witnessed(ctx)
-		forget()
+		b.forget(ctx)
 		b.Witness = false
 		result, img = b.Capture(ctx, b.Options())
 		wrong, err := b.Oracle.Compare(ctx, img)
@@ -343,6 +346,39 @@ func TestMigrationBeforeHold(t *testing.T) {
 	})
 }
 
+// TestNested has the guest pass for one that runs guests of its own. Without KVM's log all is copied in the pause. With it the pages that it alone
+// has are taken, and no alarm; that there are some is made so.
+func TestNested(t *testing.T) {
+	onKVM(t, func(t *testing.T, b *bench) {
+		ctx := t.Context()
+		take := func(witness bool, source string) *capture.Result {
+			t.Helper()
+			o := b.Options()
+			o.Hooks.Nested, o.Witness = true, witness
+			o.Instant, o.ResidueBudget = capture.Early, time.Microsecond // all that can be would be guarded
+			result, img := b.Capture(ctx, o)
+			b.Judge(ctx, result, img)
+			if result.Source != source || (source == byContentHash) != strings.Contains(result.Why, "guests of its own") {
+				t.Errorf("want it by %q: %s", source, show(result))
+			}
+			return result
+		}
+		take(false, byContentHash)
+		take(true, byContentHash) // it is switched on here
+		if result := take(true, byPageTables); result.Guard != nil {
+			t.Errorf("guarded: %s", show(result))
+		}
+		b.forget(ctx)
+		if w := take(true, byPageTables).Witness; !w.Nested || w.Missed == 0 || w.Alarm() {
+			t.Errorf("witness: %+v", w)
+		}
+		if err := b.Machine.Continue(ctx); err != nil {
+			t.Fatal(err)
+		}
+		take(false, byContentHash)
+	})
+}
+
 // TestNoWitnessWithoutKVM asks for the log where there is none.
 func TestNoWitnessWithoutKVM(t *testing.T) {
 	b := newBench(t, machine.Options{MemoryBytes: 64 * machine.MiB, Guest: machine.Writer{Percent: 50}})
@@ -359,12 +395,13 @@ func BenchmarkWitness(b *testing.B) {
 	for _, version := range []machine.Version{machine.V72, machine.V10} {
 		for _, gib := range []uint64{1, 4} {
 			b.Run(fmt.Sprintf("%s/%dGiB", version, gib), func(b *testing.B) {
-				parameters := writer.Parameters{Random: true, PagesPerPass: 1 << 12, Spin: 3_000_000}
+				parameters := writer.Parameters{Random: true, PagesPerPass: 1 << 10, Spin: 3_000_000}
 				rig := NewBench(b, machine.Options{QEMU: version, Accel: machine.KVM, MemoryBytes: gib * machine.GiB,
 					Guest: machine.Writer{Percent: 100, Parameters: parameters}})
 				capture := func() *capture.WitnessReport {
 					o := rig.Options()
 					o.Witness, o.Hooks.Held = true, nil
+					o.ResidueBudget = 10 * time.Second // no guard, which makes all that it had dirty the next time
 					result, _ := rig.Capture(b.Context(), o)
 					if w := result.Witness; w.Alarm() || w.Why != "" && rig.n > 1 {
 						b.Fatal(show(result))
