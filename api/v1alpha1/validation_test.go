@@ -60,7 +60,6 @@ func TestRules(t *testing.T) {
 		{checkpoint, "spec.mode", "Full", ""},
 		{checkpoint, "spec.mode", "Half", `Unsupported value: "Half"`},
 		{checkpoint, "spec.instant", "Late", ""},
-		{checkpoint, "spec.instant", "Early", "instant Early is not available yet"},
 		{checkpoint, "spec.instant", "Never", "Unsupported value"},
 		{checkpoint, "spec.compression", "S2", ""},
 		{checkpoint, "spec.compression", "None", ""},

@@ -66,7 +66,6 @@ type Import struct {
 
 // VMCheckpointSpec says what is to be captured, and where to.
 // +kubebuilder:validation:XValidation:rule="self == oldSelf",message="the spec of a checkpoint cannot be changed: make another checkpoint"
-// +kubebuilder:validation:XValidation:rule="self.instant != 'Early'",message="instant Early is not available yet: it needs copy-on-write"
 // +kubebuilder:validation:XValidation:rule="!has(self.import) || self.mode == 'Auto'",message="an image that is imported is what it is: leave mode out"
 type VMCheckpointSpec struct {
 	// source is the virtual machine, in the checkpoint's own namespace. A checkpoint whose virtual machine is not there, or does not run,
@@ -85,7 +84,8 @@ type VMCheckpointSpec struct {
 	Mode Mode `json:"mode,omitempty"`
 
 	// instant says which moment the image is of. Late, the default, copies memory while the guest runs and takes the instant when little is
-	// left. Early takes it as soon as the request is seen, and guards all memory by copy-on-write; it is not available yet.
+	// left. Early takes it as soon as a node's agent begins: memory is guarded, and copied afterwards, each page at the latest when the guest is
+	// about to write to it, which then waits for microseconds.
 	// +kubebuilder:default=Late
 	// +optional
 	Instant Instant `json:"instant,omitempty"`
@@ -318,6 +318,10 @@ type VMCheckpointStatus struct {
 	// +optional
 	Note string `json:"note,omitempty"`
 
+	// guard is what was copied after the instant, with the guest running; absent where nothing was.
+	// +optional
+	Guard *GuardReport `json:"guard,omitempty"`
+
 	// witness is what KVM's dirty log had to say, where the node's agent has it kept.
 	// +optional
 	Witness *Witness `json:"witness,omitempty"`
@@ -325,6 +329,18 @@ type VMCheckpointStatus struct {
 	// memory is the breakdown of the image's pages.
 	// +optional
 	Memory *MemoryBreakdown `json:"memory,omitempty"`
+}
+
+// GuardReport is what was copied after the instant: with instant Early all that had changed, else what the pause had no time for.
+type GuardReport struct {
+	// guardedPages were copied after the instant. A page is 4096 bytes.
+	GuardedPages int64 `json:"guardedPages"`
+
+	// caughtPages are those of them that were copied because the guest was about to write to them.
+	CaughtPages int64 `json:"caughtPages"`
+
+	// waits is how many writes of the guest's waited for the guard.
+	Waits int64 `json:"waits"`
 }
 
 // Witness is what KVM's dirty log had to say of the page tables by which an image was made.

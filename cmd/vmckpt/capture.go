@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/vmckpt/vmckpt/image"
 	"github.com/vmckpt/vmckpt/image/pageset"
 	"github.com/vmckpt/vmckpt/node-agent/capture"
+	"github.com/vmckpt/vmckpt/node-agent/guard"
 	"github.com/vmckpt/vmckpt/node-agent/jobs"
 	"github.com/vmckpt/vmckpt/node-agent/qemu"
 )
@@ -39,13 +41,18 @@ type vmJSON struct {
 func (p *program) captureCommand() *cobra.Command {
 	var vm vmFlags
 	r := jobs.CaptureRequest{Compression: image.Zstd}
-	mode := modeFlag{&r.Mode}
-	r.Mode = capture.Auto
+	r.Mode, r.Instant = capture.Auto, capture.Late
+	mode := wordFlag[capture.Mode]{&r.Mode, "mode", []capture.Mode{capture.Auto, capture.Full, capture.Incremental}}
+	instant := wordFlag[capture.When]{&r.Instant, "instant", []capture.When{capture.Late, capture.Early}}
 	c := &cobra.Command{
 		Use:   "capture [VM]",
 		Short: "Take a checkpoint of a running machine",
 		Long: `Capture makes an image of a running machine's memory and device state at one instant. The guest goes on but for a pause
 of milliseconds; if its owner has paused it, it stays paused.
+
+Its instant is late by default: memory is copied first, with the guest running, and the image is of the moment when little was
+left. With --instant early it is the moment of asking: memory is guarded, and copied afterwards, each page at the latest when
+the guest is about to write to it.
 
 The first image of a machine is a base with every page. Later ones are increments: with what changed since the parent by
 the kernel's page tables where tracking is unbroken, or by comparing all memory with the parent's page hashes where it is
@@ -69,18 +76,21 @@ Disks are not captured yet: keep them as they are at the instant by other means.
 	f := c.Flags()
 	f.StringVar(&r.Name, "name", "", "name of the `IMAGE` (default: the machine's name and the time in UTC)")
 	f.Var(&mode, "mode", "auto (an increment where it can be), full (a base) or incremental (an increment or an error)")
+	f.Var(&instant, "instant", "late (copy first, so that the image is as new as can be) or early (the moment of asking; copy afterwards)")
 	f.StringVar(&r.Parent, "parent", "", "`IMAGE` to make an increment on (default: the machine's last one)")
 	f.Var(compressionFlag{&r.Compression}, "compression", "zstd, s2 (faster, larger) or none")
 	f.BoolVar(&r.VerifyParent, "verify-parent", false, "check every byte of the parent first; one that is damaged means a base")
 	f.BoolVar(&r.Witness, "witness", false, "keep KVM's dirty log, and compare it with the page tables: a write that they missed is found")
 	f.StringToStringVar(&r.Attributes, "attribute", nil, "`KEY=VALUE` to keep with the image; may be given more than once")
 	f.Lookup("attribute").DefValue = "" // none, and not an empty list
-	f.DurationVar(&r.ResidueBudget, "budget", 5*time.Millisecond, "`TIME` for copying memory in the pause; what is more is copied beforehand")
+	f.DurationVar(&r.ResidueBudget, "budget", 5*time.Millisecond, "`TIME` for copying memory in the pause; what is more is copied beforehand, or guarded and copied afterwards")
 	f.DurationVar(&r.HoldBound, "hold-bound", 200*time.Millisecond, "longest `TIME` that the machine is held; past it, it is let go and the instant tried again")
 	f.DurationVar(&r.PauseBound, "pause-bound", 5*time.Second, "longest `TIME` it is held where the guest writes faster than can be copied")
+	f.DurationVar(&r.WriteBound, "write-bound", guard.DefaultWriteBound, "longest `TIME` that a write of the guest's waits for guarded memory; past it, the guard is given up and the instant tried again")
 	recordDirFlag(c, &r.RecordDir)
 	complete(c, false, machineNames)
 	completeFlag(c, "mode", words(string(capture.Auto), string(capture.Full), string(capture.Incremental)))
+	completeFlag(c, "instant", words(string(capture.Late), string(capture.Early)))
 	completeFlag(c, "compression", words(image.Zstd.String(), image.S2.String(), image.None.String()))
 	completeFlag(c, "parent", p.imageNames)
 	return c
@@ -150,6 +160,7 @@ func (p *program) captured(ctx context.Context, process *qemu.Process, result *c
 			field{"size", sizesText(&m)},
 			field{"took", tookText(result)},
 			field{"paused", pausedText(result)},
+			field{"guarded", guardedText(result)},
 			field{"witness", witnessText(result)},
 			field{"disks", disksText(m.Machine)},
 		)
@@ -177,7 +188,7 @@ func checkCapture(r jobs.CaptureRequest) error {
 	if err := capture.CheckAttributes(r.Attributes); err != nil {
 		return err
 	}
-	for name, d := range map[string]time.Duration{"--budget": r.ResidueBudget, "--hold-bound": r.HoldBound, "--pause-bound": r.PauseBound} {
+	for name, d := range map[string]time.Duration{"--budget": r.ResidueBudget, "--hold-bound": r.HoldBound, "--pause-bound": r.PauseBound, "--write-bound": r.WriteBound} {
 		if d <= 0 {
 			return fmt.Errorf("%s: want more than 0", name)
 		}
@@ -210,24 +221,31 @@ func imageName(process *qemu.Process, now time.Time) string {
 	return strings.TrimRight(name[:min(len(name), longest)], "-.") + "-" + now.UTC().Format(stamp)
 }
 
-// modeFlag is a capture's mode as a flag.
-type modeFlag struct{ mode *capture.Mode }
+// wordFlag is a flag that is one of a few words.
+type wordFlag[T ~string] struct {
+	value *T
+	kind  string
+	words []T
+}
 
-func (f *modeFlag) String() string {
-	if f.mode == nil {
+func (f *wordFlag[T]) String() string {
+	if f.value == nil {
 		return ""
 	}
-	return string(*f.mode)
+	return string(*f.value)
 }
-func (f *modeFlag) Type() string { return "mode" }
+func (f *wordFlag[T]) Type() string { return f.kind }
 
-func (f *modeFlag) Set(s string) error {
-	switch m := capture.Mode(s); m {
-	case capture.Auto, capture.Full, capture.Incremental:
-		*f.mode = m
+func (f *wordFlag[T]) Set(s string) error {
+	if slices.Contains(f.words, T(s)) {
+		*f.value = T(s)
 		return nil
 	}
-	return errors.New("want auto, full or incremental")
+	var most []string
+	for _, w := range f.words[:len(f.words)-1] {
+		most = append(most, string(w))
+	}
+	return fmt.Errorf("want %s or %s", strings.Join(most, ", "), f.words[len(f.words)-1])
 }
 
 // compressionFlag is a compression as a flag.

@@ -74,6 +74,16 @@ func pausedText(r *capture.Result) string {
 	return text
 }
 
+// guardedText says what was copied after the instant; empty where nothing was.
+func guardedText(r *capture.Result) string {
+	g := r.Guard
+	if g == nil {
+		return ""
+	}
+	return fmt.Sprintf("%s copied after the instant, %s of them as the guest was about to write; its writes waited %s times",
+		pagesText(g.Guarded), countText(g.Caught), countText(g.Faults))
+}
+
 // witnessText says what KVM's dirty log had to say; empty where it was not asked for.
 func witnessText(r *capture.Result) string {
 	w := r.Witness

@@ -72,7 +72,7 @@ func exitAndHint(code jobs.Code) (exit int, hint string) {
 	case jobs.CodeState:
 		return exitRefused, "nothing was touched; try again when the VM is in another state (restore stops a running VM with --in-place only)"
 	case jobs.CodeUnsteady:
-		return exitRefused, "the VM goes on as before; try again when nothing else stops or resumes it and the guest writes less, or allow more: --hold-bound for one hold, --pause-bound for a guest that writes fast"
+		return exitRefused, "the VM goes on as before; try again when nothing else stops or resumes it and the guest writes less, or allow more: --hold-bound for one hold, --pause-bound for a guest that writes fast, --write-bound for guarded memory"
 	case jobs.CodeMismatch:
 		return exitRefused, "nothing was touched; start a QEMU like the recorded one (`vmckpt show IMAGE --output json`, machine) and restore into that"
 	case jobs.CodeParent:

@@ -171,6 +171,7 @@ func (p *program) printShow(n *node, answer *showJSON) {
 		field{"stored", fmt.Sprintf("compression %s, encryption %s", m.Compression, m.Encryption)},
 		field{"took", beforeSealing(tookText(&n.report))},
 		field{"paused", pausedText(&n.report)},
+		field{"guarded", guardedText(&n.report)},
 		field{"witness", witnessText(&n.report)},
 	)
 	p.printPauses(&n.report)

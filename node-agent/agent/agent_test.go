@@ -29,12 +29,17 @@ func TestCheckpointsAndRestore(t *testing.T) {
 	if !increment.Ready() || increment.Status.Image.Parent != "base" || increment.Status.DirtySource == "" {
 		t.Fatalf("increment: %s: %+v", message(increment.Status.Conditions), increment.Status)
 	}
+	early := r.checkpoint("early", vmi, func(o *vmckptv1.VMCheckpoint) { o.Spec.Instant, o.Spec.Mode = vmckptv1.InstantEarly, vmckptv1.ModeFull })
+	wait(r, early, "the one with an early instant", done)
+	if !early.Ready() || early.Status.Guard == nil || early.Status.Guard.GuardedPages == 0 || early.Status.Guard.CaughtPages > early.Status.Guard.GuardedPages {
+		t.Fatalf("early: %s: %+v", message(early.Status.Conditions), early.Status)
+	}
 	at, _, err := m.WriterStatus(t.Context())
 	r.must(err)
 	r.must(m.Kill())
 
 	second, _ := r.machine("vm", true)
-	restored := r.restore("back", "increment", vmi, nil)
+	restored := r.restore("back", "early", vmi, nil)
 	wait(r, restored, "the restore", (*vmckptv1.VMRestore).Done)
 	if !restored.Ready() || restored.Status.Phase != vmckptv1.RestoreRestored || restored.Status.Duration == nil {
 		t.Fatalf("restore: %s: %+v", message(restored.Status.Conditions), restored.Status)
@@ -47,7 +52,7 @@ func TestCheckpointsAndRestore(t *testing.T) {
 	// Deleting: Retain leaves the image, Delete takes it, and the increment is whole without its parent.
 	r.must(r.Delete(t.Context(), base))
 	r.gone(base)
-	if got := images(t, volume); !slices.Equal(got, []string{"increment"}) {
+	if got := images(t, volume); !slices.Equal(got, []string{"early", "increment"}) {
 		t.Errorf("images after the base was deleted: %v", got)
 	}
 	again := r.restore("again", "increment", vmi, func(o *vmckptv1.VMRestore) { o.Spec.Target.Mode = vmckptv1.RestoreInPlace })

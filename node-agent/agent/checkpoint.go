@@ -195,7 +195,7 @@ func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint, key ta
 
 	request.Repository = repositoryOn(volume, repository, keys.current)
 	request.OtherKeys = len(keys.all) > 1
-	request.Mode, request.Compression = modes[o.Spec.Mode], compressions[o.Spec.Compression]
+	request.Mode, request.Instant, request.Compression = modes[o.Spec.Mode], instants[o.Spec.Instant], compressions[o.Spec.Compression]
 	result, err := c.o.Engine.Capture(ctx, request, func(p capture.Progress) { progress.tell(captureProgress(p)) })
 	if err != nil {
 		return nil, err
@@ -238,6 +238,8 @@ func imageName(o *vmckptv1.VMCheckpoint) string {
 	}
 	return o.Name
 }
+
+var instants = map[vmckptv1.Instant]capture.When{vmckptv1.InstantLate: capture.Late, vmckptv1.InstantEarly: capture.Early}
 
 var modes = map[vmckptv1.Mode]capture.Mode{
 	vmckptv1.ModeAuto: capture.Auto, vmckptv1.ModeFull: capture.Full, vmckptv1.ModeIncremental: capture.Incremental,
@@ -313,6 +315,10 @@ func (r *outcome) describe(o *vmckptv1.VMCheckpoint) {
 	s.Duration = &metav1.Duration{Duration: c.Duration.Round(time.Millisecond)}
 	s.Downtime = &metav1.Duration{Duration: c.Downtime.Round(10 * time.Microsecond)}
 	s.DirtySource, s.Note = clip(c.Source, 64), clip(c.Why, 1024)
+	s.Guard = nil
+	if g := c.Guard; g != nil {
+		s.Guard = &vmckptv1.GuardReport{GuardedPages: int64(g.Guarded), CaughtPages: int64(g.Caught), Waits: int64(g.Faults)}
+	}
 	s.Witness = nil
 	if w := c.Witness; w != nil {
 		s.Witness = &vmckptv1.Witness{Compared: w.Compared, MissedPages: int64(w.Missed), UnseenPages: int64(w.Unseen), NestedGuests: w.Nested, Note: clip(w.Why, 1024)}

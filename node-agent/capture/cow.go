@@ -436,8 +436,9 @@ func (w *cow) end() error {
 		if err = w.guard.End(ctx); errors.Is(err, guard.ErrDropped) {
 			err = nil // it has ended by itself
 		}
-		w.c.result.Guard.Faults += w.guard.Faults()
-		w.c.result.Guard.Caught += w.caught
+		w.c.result.Guard.Faults = w.guard.Faults()
+		w.c.result.Guard.Caught = w.caught
+		w.c.result.Guard.Guarded = w.guarded.Count()
 		w.guard.Close()
 	}
 	err = errors.Join(err, w.c.session.TakeBack())

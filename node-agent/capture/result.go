@@ -88,10 +88,11 @@ type HarvestReport struct {
 
 // GuardReport is what was copied after the instant, the guest running: see [guard.Guard].
 type GuardReport struct {
-	Areas  int    `json:"areas"`  // of memory
-	Pages  uint64 `json:"pages"`  // in them
-	Faults uint64 `json:"faults"` // writes of the guest's that waited
-	Caught uint64 `json:"caught"` // pages that were copied because the guest was about to write them
+	Areas   int    `json:"areas"`   // of memory
+	Pages   uint64 `json:"pages"`   // in them
+	Guarded uint64 `json:"guarded"` // of those, copied after the instant: the others were written before it, or hold nothing
+	Caught  uint64 `json:"caught"`  // of those, copied because the guest was about to write them
+	Faults  uint64 `json:"faults"`  // writes of the guest's that waited, before the instant and after it
 }
 
 // WitnessReport is what KVM's dirty log had to say, where it was asked for.

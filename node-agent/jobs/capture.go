@@ -16,15 +16,17 @@ type CaptureRequest struct {
 
 	Name          string            `json:"name"`
 	Mode          capture.Mode      `json:"mode,omitempty"`
+	Instant       capture.When      `json:"instant,omitempty"`
 	Parent        string            `json:"parent,omitempty"`
 	Compression   image.Compression `json:"compression"`
 	VerifyParent  bool              `json:"verifyParent,omitempty"`
 	OtherKeys     bool              `json:"otherKeys,omitempty"`
 	Witness       bool              `json:"witness,omitempty"`
 	RecordDir     string            `json:"recordDir,omitempty"`
-	ResidueBudget time.Duration     `json:"residueBudget,omitempty"` // ns, as the next two
+	ResidueBudget time.Duration     `json:"residueBudget,omitempty"` // ns, as the next three
 	HoldBound     time.Duration     `json:"holdBound,omitempty"`
 	PauseBound    time.Duration     `json:"pauseBound,omitempty"`
+	WriteBound    time.Duration     `json:"writeBound,omitempty"`
 	Attributes    map[string]string `json:"attributes,omitempty"`
 }
 
@@ -48,12 +50,14 @@ func runCapture(ctx context.Context, r CaptureRequest, progress func(any)) (*cap
 	return capture.Run(ctx, capture.Target{Process: process, Monitor: monitor}, repository, capture.Options{
 		Name:          r.Name,
 		Mode:          r.Mode,
+		Instant:       r.Instant,
 		Parent:        r.Parent,
 		Compression:   r.Compression,
 		RecordDir:     r.RecordDir,
 		ResidueBudget: r.ResidueBudget,
 		HoldBound:     r.HoldBound,
 		PauseBound:    r.PauseBound,
+		WriteBound:    r.WriteBound,
 		Attributes:    r.Attributes,
 		VerifyParent:  r.VerifyParent,
 		OtherKeys:     r.OtherKeys,
