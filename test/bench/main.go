@@ -39,6 +39,7 @@ var suites = []suite{
 	{"base", bases},
 	{"memory", memory},
 	{"restore", restores},
+	{"guard", guarded},
 	{"qemu", native},
 	{"steps", steps},
 }

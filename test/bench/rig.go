@@ -118,12 +118,17 @@ type taken struct {
 
 // capture takes a checkpoint by a worker process.
 func (r *rig) capture(ctx context.Context, mode capture.Mode, how image.Compression) (taken, error) {
+	return r.captureAt(ctx, capture.Late, mode, how)
+}
+
+// captureAt takes one that is late or early.
+func (r *rig) captureAt(ctx context.Context, when capture.When, mode capture.Mode, how image.Compression) (taken, error) {
 	r.images++
 	var watch *memoryWatch
 	begin := time.Now()
 	result, err := jobs.Capture(ctx, jobs.CaptureRequest{
 		VM: jobs.VM{PID: r.PID, QMPSocket: r.Socket}, Repository: r.repository,
-		Name: fmt.Sprintf("image-%d", r.images), Mode: mode, Compression: how, RecordDir: r.records,
+		Name: fmt.Sprintf("image-%d", r.images), Mode: mode, Instant: when, Compression: how, RecordDir: r.records,
 	}, jobs.Handlers[capture.Progress]{Started: func(pid int) { watch = watchMemory(pid) }})
 	t := taken{Result: result, wall: time.Since(begin)}
 	if watch != nil {
