@@ -42,7 +42,7 @@ func TestGivenBackBehindGuard(t *testing.T) {
 			b.account() // it is up
 			b.Capture(ctx, b.Options())
 			before := memlock(t, b.Machine.PID)
-			taken := o.MemoryBytes / 4
+			taken := o.MemoryBytes / 8
 			result, img := b.Capture(ctx, b.onGuard(func() {
 				b.setBalloon(ctx, o.MemoryBytes-taken)
 				b.balloonIs(ctx, o.MemoryBytes-taken)
