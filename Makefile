@@ -61,7 +61,7 @@ test: setup ## All tests, on real machines too (under 25 minutes)
 
 .PHONY: soak
 soak: setup ## Thousands of random instants against the truth, faults many times over, a thousand checkpoints at once
-	go run ./hack/gotest -timeout 0 ./test/truth -instants $(SOAK_INSTANTS)
+	go run ./hack/gotest -timeout 0 ./test/truth -instants $(SOAK_INSTANTS) -alone
 	go run ./hack/gotest -timeout 0 ./test/faults -repeat $(SOAK_REPEAT)
 	go run ./hack/gotest -timeout 0 -v -run TestRealLoad ./node-agent/agent -real-load $(SOAK_CHECKPOINTS)
 

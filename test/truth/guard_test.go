@@ -1,6 +1,7 @@
 package truth
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"strings"
@@ -85,8 +86,14 @@ func memlock(t *testing.T, pid int) unix.Rlimit {
 	return l
 }
 
+// alone says that nothing else is tested on this machine meanwhile, so that the kernel's settings may be changed for all of it.
+var alone = flag.Bool("alone", false, "change settings of the whole machine as well")
+
 // TestMergedBehindGuard has KSM look for equal pages as hard as it can while memory is guarded.
 func TestMergedBehindGuard(t *testing.T) {
+	if !*alone {
+		t.Skip("KSM is the whole machine's: it is switched on with -alone")
+	}
 	const ksm = "/sys/kernel/mm/ksm/"
 	old := map[string]string{}
 	for _, name := range []string{"run", "sleep_millisecs", "pages_to_scan"} {
