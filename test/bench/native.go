@@ -27,7 +27,7 @@ func native(ctx context.Context, b *bench) ([]table, error) {
 		Title: "Beside QEMU's own ways",
 		Text: "The same guest of 1 GiB, full of program code, its processor busy. The pause is from QEMU's STOP to its RESUME by its own stamps, the sum where there are several; " +
 			"the time is until everything is synced; bytes are what the files take of the volume. QEMU's migrations may use all of the bandwidth. Increments as above, 10 MB changed.",
-		Columns: []string{"", "pause", "time", "bytes"},
+		Columns: []string{"", "pause", "longest gap, by the guest", "time", "bytes"},
 	}
 	err = b.with(ctx, machine.Options{Guest: machine.Writer{}, MemoryBytes: machine.GiB}, "", func(r *rig) error {
 		if err := r.SetWriterParameters(ctx, r.quiet()); err != nil {
@@ -37,7 +37,7 @@ func native(ctx context.Context, b *bench) ([]table, error) {
 			return err
 		}
 		for _, how := range []image.Compression{image.Zstd, image.S2} {
-			cells := t.row(fmt.Sprintf("VMckpt, base, %v", how), milliseconds, seconds, megabytes)
+			cells := t.row(fmt.Sprintf("VMckpt, base, %v", how), milliseconds, milliseconds, seconds, megabytes)
 			for range b.runs {
 				if err := r.clear(ctx); err != nil {
 					return err
@@ -46,7 +46,7 @@ func native(ctx context.Context, b *bench) ([]table, error) {
 					return err
 				}
 			}
-			cells = t.row(fmt.Sprintf("VMckpt, increment, %v", how), milliseconds, seconds, megabytes)
+			cells = t.row(fmt.Sprintf("VMckpt, increment, %v", how), milliseconds, milliseconds, seconds, megabytes)
 			for range b.runs {
 				if err := r.change(ctx); err != nil {
 					return err
@@ -72,11 +72,13 @@ func native(ctx context.Context, b *bench) ([]table, error) {
 			{"`migrate` with `background-snapshot` to a file", n.backgroundSnapshot},
 			{"`stop`, `migrate` to a file, `cont`", n.migrateStopped},
 		} {
-			cells := t.row(way.name, milliseconds, seconds, megabytes)
+			cells := t.row(way.name, milliseconds, milliseconds, seconds, megabytes)
 			for range b.runs {
-				if err := n.measure(ctx, way.save, cells); err != nil {
+				gap, err := r.noticed(ctx, func() error { return n.measure(ctx, way.save, []*cell{cells[0], cells[2], cells[3]}) })
+				if err != nil {
 					return fmt.Errorf("%s: %w", way.name, err)
 				}
+				cells[1].add(inMilliseconds(gap))
 			}
 		}
 		return nil
@@ -86,7 +88,11 @@ func native(ctx context.Context, b *bench) ([]table, error) {
 
 // ours takes a checkpoint for the comparison.
 func (r *rig) ours(ctx context.Context, mode capture.Mode, how image.Compression, cells []*cell) error {
-	taken, err := r.capture(ctx, mode, how)
+	var taken taken
+	gap, err := r.noticed(ctx, func() (err error) {
+		taken, err = r.capture(ctx, mode, how)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -95,8 +101,9 @@ func (r *rig) ours(ctx context.Context, mode capture.Mode, how image.Compression
 		return err
 	}
 	cells[0].add(inMilliseconds(taken.Downtime))
-	cells[1].add(taken.wall.Seconds())
-	cells[2].add(float64(own) / 1e6)
+	cells[1].add(inMilliseconds(gap))
+	cells[2].add(taken.wall.Seconds())
+	cells[3].add(float64(own) / 1e6)
 	return nil
 }
 

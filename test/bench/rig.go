@@ -36,6 +36,10 @@ type rig struct {
 	dir        string
 	images     int
 	seed       uint64
+
+	now   writer.Parameters // of the guest
+	epoch uint64            // of what the guest notices
+	ticks float64           // of its clock in a nanosecond
 }
 
 // newRig starts a machine, with an empty repository on the measured volume, or beneath dir.

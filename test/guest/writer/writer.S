@@ -26,10 +26,12 @@
 .set pDMAPages,   0x50
 .set pDMAPass,    0x58  # pages written by DMA in a pass
 .set pMapGiB,     0x60
+.set pEpoch,      0x68  # where it changes, the longest gap is measured anew
 
 .set fRandom, 1         # pages in random order, else one after the other
 .set fWhole,  2         # every word of the page, else its first two
 .set fUniform, 4        # one repeated word (with fWhole)
+.set fClock,  8         # read the clock after every page and in every turn of the empty loop
 
 # Status: offsets from 0x7000, each 8 bytes.
 .set sMagic,      0x00  # set last before the first pass
@@ -40,6 +42,9 @@
 .set sDMAPages,   0x28  # pages written by DMA
 .set sCursor,     0x30  # next page in order
 .set sDMAReady,   0x38  # the fw_cfg item was found
+.set sClock,      0x40  # the time-stamp counter when it was last read
+.set sGap,        0x48  # the longest time between two readings, in its ticks
+.set sEpoch,      0x50  # of sGap
 .set sCommand,    0x80  # fw_cfg DMA command: control, length (32-bit big-endian), gpa (64-bit big-endian)
 .set sBuffer,     0x100 # fw_cfg directory entry being looked at
 
@@ -136,6 +141,11 @@ ring3:
 pass:
     mov     r12, [r15 + pPassPages]
     mov     r10, [r15 + pFlags]
+    mov     rax, [r15 + pEpoch]
+    cmp     rax, [r14 + sEpoch]
+    je      next_page
+    mov     qword ptr [r14 + sGap], 0
+    mov     [r14 + sEpoch], rax
 next_page:
     test    r12, r12
     jz      dma
@@ -202,6 +212,9 @@ uniform:
     rep     stosq
 written:
     inc     qword ptr [r14 + sPages]
+    test    r10, fClock
+    jz      next_page
+    call    clock
     jmp     next_page
 
 dma:
@@ -235,9 +248,30 @@ pass_done:
     mov     rcx, [r15 + pSpin]
     test    rcx, rcx
     jz      pass
+    test    r10, fClock
+    jnz     2f
 1:  dec     rcx
     jnz     1b
     jmp     pass
+2:  call    clock
+    dec     rcx
+    jnz     2b
+    jmp     pass
+
+# clock: reads the time-stamp counter and notes how long it was not read, if that is longer than ever. Changes rax, rdx.
+clock:
+    rdtsc
+    shl     rdx, 32
+    or      rax, rdx
+    mov     rdx, [r14 + sClock]
+    mov     [r14 + sClock], rax
+    test    rdx, rdx
+    jz      1f
+    sub     rax, rdx
+    cmp     rax, [r14 + sGap]
+    jbe     1f
+    mov     [r14 + sGap], rax
+1:  ret
 
 # random: xorshift64*, into rax. Changes rsi.
 random:

@@ -23,7 +23,7 @@ var script []byte
 const (
 	ParametersGPA = 0x6000
 	StatusGPA     = 0x7000
-	StatusBytes   = 0x40
+	StatusBytes   = 0x58
 
 	// FirstGPA is the lowest address that ranges may begin at: below it are the guest's code, its page tables, and what
 	// a PC keeps there.
@@ -60,6 +60,11 @@ type Parameters struct {
 	Spin    uint64
 	Seed    uint64
 
+	// Clock has the guest read its clock after every page and in every turn of the empty loop, and keep how long it was not read at the
+	// most: what a guest notices of being stopped. Where Epoch changes, that is measured anew.
+	Clock bool
+	Epoch uint64
+
 	// DMA is the memory that the fw_cfg device writes, at random pages. It must not overlap Low and High.
 	DMA             Range
 	DMAPagesPerPass uint64
@@ -73,12 +78,13 @@ const (
 	flagRandom  = 1
 	flagWhole   = 2
 	flagUniform = 4
+	flagClock   = 8
 )
 
 // Bytes returns the parameters as they lie in memory at ParametersGPA.
 func (p Parameters) Bytes() []byte {
 	var flags uint64
-	for flag, on := range map[uint64]bool{flagRandom: p.Random, flagWhole: p.Whole, flagUniform: p.Uniform} {
+	for flag, on := range map[uint64]bool{flagRandom: p.Random, flagWhole: p.Whole, flagUniform: p.Uniform, flagClock: p.Clock} {
 		if on {
 			flags |= flag
 		}
@@ -86,7 +92,7 @@ func (p Parameters) Bytes() []byte {
 	b := []byte(magic)
 	for _, v := range []uint64{
 		p.Low.GPA, p.Low.Pages, p.High.GPA, p.High.Pages, p.PagesPerPass, p.Spin, flags, p.Seed,
-		p.DMA.GPA, p.DMA.Pages, p.DMAPagesPerPass, p.MapGiB,
+		p.DMA.GPA, p.DMA.Pages, p.DMAPagesPerPass, p.MapGiB, p.Epoch,
 	} {
 		b = binary.LittleEndian.AppendUint64(b, v)
 	}
@@ -101,6 +107,10 @@ type Status struct {
 	ErrorGPA uint64 // the last of them
 	DMAPages uint64 // written by DMA
 	DMAReady bool   // the fw_cfg item was found
+
+	Clock uint64 // the time-stamp counter as it was last read; 0 unless Parameters.Clock. TCG's stands while the machine does
+	Gap   uint64 // the longest time between two readings, in its ticks
+	Epoch uint64 // that Gap is of
 }
 
 // ParseStatus reads the StatusBytes bytes at StatusGPA. It reports false while the guest has not begun.
@@ -112,6 +122,7 @@ func ParseStatus(b []byte) (Status, bool) {
 	return Status{
 		Passes: word(0x08), Pages: word(0x10), Errors: word(0x18), ErrorGPA: word(0x20),
 		DMAPages: word(0x28), DMAReady: word(0x38) != 0,
+		Clock: word(0x40), Gap: word(0x48), Epoch: word(0x50),
 	}, true
 }
 

@@ -44,12 +44,13 @@ func TestParseStatus(t *testing.T) {
 		t.Error("memory of zeros is taken for a guest that has begun")
 	}
 	copy(b, magic)
+	b[0x40], b[0x48], b[0x50] = 6, 7, 8
 	b[0x08], b[0x10], b[0x18], b[0x20], b[0x28], b[0x38] = 1, 2, 3, 4, 5, 1
 	got, begun := ParseStatus(b)
 	if !begun {
 		t.Fatal("the guest has begun, and is taken not to have")
 	}
-	want := Status{Passes: 1, Pages: 2, Errors: 3, ErrorGPA: 4, DMAPages: 5, DMAReady: true}
+	want := Status{Passes: 1, Pages: 2, Errors: 3, ErrorGPA: 4, DMAPages: 5, DMAReady: true, Clock: 6, Gap: 7, Epoch: 8}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("status (-want +got):\n%s", diff)
 	}
