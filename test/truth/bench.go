@@ -45,22 +45,25 @@ func NewBenchOf(t testing.TB, m *machine.Machine) *Bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
-	if err := image.InitRepository(dir); err != nil {
-		t.Fatal(err)
-	}
-	repo, err := image.OpenRepository(dir, keys)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { repo.Close() })
-	b := &Bench{
-		Machine: m, Target: capture.Target{Process: process}, Repository: repo, Dir: dir, RecordDir: t.TempDir(),
-		Oracle: NewOracle(m.PID), T: t,
-	}
+	b := &Bench{Machine: m, Target: capture.Target{Process: process}, RecordDir: t.TempDir(), Oracle: NewOracle(m.PID), T: t}
+	b.UseRepository(t.TempDir())
 	b.Connect()
 	t.Cleanup(b.Disconnect)
 	return b
+}
+
+// UseRepository makes a repository in an empty directory, for all images from now on.
+func (b *Bench) UseRepository(dir string) {
+	b.T.Helper()
+	if err := image.InitRepository(dir); err != nil {
+		b.T.Fatal(err)
+	}
+	repo, err := image.OpenRepository(dir, keys)
+	if err != nil {
+		b.T.Fatal(err)
+	}
+	b.T.Cleanup(func() { repo.Close() })
+	b.Repository, b.Dir, b.Names = repo, dir, nil
 }
 
 // Connect connects to the machine's monitor, which takes one client at a time where it is a socket of QEMU's own.
