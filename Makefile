@@ -19,6 +19,8 @@ SOAK_INSTANTS ?= 1000
 SOAK_REPEAT ?= 20
 SOAK_CHECKPOINTS ?= 1000
 FUZZTIME ?= 30s
+# CHAOSFLAGS="-repeat 10 -minutes 60 -run TestKeeper"
+CHAOSFLAGS ?=
 # BENCHFLAGS="-runs 5 -only increment,qemu -dir DIRECTORY -json FILE"; a whole run takes 4 minutes.
 BENCHFLAGS ?=
 
@@ -64,6 +66,10 @@ soak: setup ## Thousands of random instants against the truth, faults many times
 	go run ./hack/gotest -timeout 0 ./test/truth -instants $(SOAK_INSTANTS) -alone
 	go run ./hack/gotest -timeout 0 ./test/faults -repeat $(SOAK_REPEAT)
 	go run ./hack/gotest -timeout 0 -v -run TestRealLoad ./node-agent/agent -real-load $(SOAK_CHECKPOINTS)
+
+.PHONY: chaos
+chaos: setup ## Faults of a capture at each of its steps, and how many were survived
+	go run ./hack/chaos $(CHAOSFLAGS)
 
 .PHONY: bench
 bench: setup ## What it costs, beside QEMU's own ways
