@@ -107,8 +107,10 @@ func (r *report) read(in io.Reader, progress func(tried int)) error {
 		}
 		switch e.Action {
 		case "run":
-			if i := strings.LastIndex(e.Test, "/"); i >= 0 {
-				parents[e.Test[:i]] = true
+			for i, c := range e.Test {
+				if c == '/' {
+					parents[e.Test[:i]] = true
+				}
 			}
 		case "output":
 			r.output[e.Test] = append(r.output[e.Test], e.Output)

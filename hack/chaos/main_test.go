@@ -15,6 +15,10 @@ func TestReport(t *testing.T) {
 {"Action":"output","Test":"TestWorkerKilled/held/family=true#01","Output":"a page is lost\n"}
 {"Action":"fail","Test":"TestWorkerKilled/held/family=true#01"}
 {"Action":"fail","Test":"TestWorkerKilled"}
+{"Action":"run","Test":"TestKeeper"}
+{"Action":"run","Test":"TestKeeper/killed/held"}
+{"Action":"pass","Test":"TestKeeper/killed/held"}
+{"Action":"pass","Test":"TestKeeper"}
 {"Action":"run","Test":"TestCancelled"}
 {"Action":"pass","Test":"TestCancelled"}
 {"Action":"fail"}
@@ -32,7 +36,7 @@ func TestReport(t *testing.T) {
 			t.Errorf("%q is missing in:\n%s", want, out.String())
 		}
 	}
-	if r.tried != 3 || r.survived != 2 {
+	if r.tried != 4 || r.survived != 3 {
 		t.Errorf("%d tried, %d survived", r.tried, r.survived)
 	}
 }
