@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vmckpt/vmckpt/image"
@@ -56,6 +57,7 @@ type cow struct {
 	ctx      context.Context // of the copying; ends where draining fails
 	cancel   context.CancelCauseFunc
 	draining bool
+	stopping atomic.Bool   // draining is to end
 	drained  chan struct{} // closed when draining has ended
 	ended    bool
 }
@@ -257,7 +259,9 @@ func (w *cow) drain() {
 	defer close(w.drained)
 	for {
 		if err := w.guard.Wait(); err != nil {
-			w.cancel(err)
+			if !w.stopping.Load() { // else what is left is taken by whoever stopped it
+				w.cancel(err)
+			}
 			return
 		}
 		if w.guard.Filled() < image.BatchPages {
@@ -414,6 +418,7 @@ func (w *cow) fill(b *image.Batch, p piece) error {
 // stop ends draining.
 func (w *cow) stop() {
 	if w.draining {
+		w.stopping.Store(true)
 		w.guard.StopWaiting()
 		<-w.drained
 		w.draining = false
