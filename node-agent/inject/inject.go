@@ -132,6 +132,9 @@ func runHelper(ctx context.Context, req request) (response, error) {
 	if runErr == nil {
 		runErr = json.Unmarshal(output.Bytes(), &answer)
 	}
+	if runErr != nil && ctx.Err() != nil {
+		runErr = fmt.Errorf("%w: %w", context.Cause(ctx), runErr) // it was killed because of that
+	}
 	if runErr != nil {
 		return response{}, fmt.Errorf("%w: %w%s", ErrHelper, runErr, firstLine(complaint.Bytes()))
 	}
