@@ -33,6 +33,10 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 		return nil, nil, err
 	}
 	w, err := c.arm(ctx)
+	if unguardable := (*unguardableError)(nil); errors.As(err, &unguardable) && c.o.Instant == Late && ctx.Err() == nil {
+		c.result.Lost = append(c.result.Lost, err.Error()) // it is all copied in the hold, where that is possible
+		w, err = nil, nil
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -59,7 +63,7 @@ func (c *capture) instant(ctx context.Context) (*dirty.Instant, []byte, error) {
 			return err
 		}
 		if w != nil {
-			if err := w.begin(ctx, instant, residue); err != nil {
+			if err := w.begin(ctx, still, instant, residue); err != nil {
 				return err
 			}
 			still.part("guard")

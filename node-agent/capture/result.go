@@ -33,7 +33,7 @@ type Result struct {
 	Phases   []Phase       `json:"phases"`
 	Attempts int           `json:"attempts"` // at the instant; 1 where the first one held
 
-	// Lost says why each attempt before the last came to nothing.
+	// Lost says why each attempt before the last came to nothing, and what else did not come off.
 	Lost []string `json:"lost,omitempty"`
 
 	Harvest HarvestReport    `json:"harvest"`

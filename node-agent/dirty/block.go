@@ -30,7 +30,8 @@ type Block struct {
 	HostPageBytes uint64 `json:"hostPageBytes"`
 
 	// Discards says that something in QEMU may punch holes into the block while the guest runs: a balloon that
-	// inflates, free page reporting. On shared memory that makes page-table tracking impossible, see [PageTables].
+	// inflates, free page reporting. On shared memory that makes page-table tracking impossible, see [PageTables]; what is guarded is kept
+	// from it, see [Session.HoldOff].
 	Discards bool `json:"discards"`
 }
 

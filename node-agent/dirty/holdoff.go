@@ -20,13 +20,12 @@ import (
 // HeldOff is memory of a process that is kept from being given back or merged behind a guard. What a capture that was killed has left of it
 // the next one undoes, or a release.
 type HeldOff struct {
-	Ranges []pagetable.Range `json:"ranges"`
+	Locked    []pagetable.Range `json:"locked,omitempty"`    // so that it cannot be given back
+	NotMerged []pagetable.Range `json:"notMerged,omitempty"` // that may be merged otherwise
 
-	Locked      bool   `json:"locked,omitempty"`     // so that it cannot be given back
-	MemlockSoft uint64 `json:"memlockSoft,omitzero"` // bytes; the process's limits (RLIMIT_MEMLOCK) before
+	// Of the process before, with Locked: RLIMIT_MEMLOCK, bytes.
+	MemlockSoft uint64 `json:"memlockSoft,omitzero"`
 	MemlockHard uint64 `json:"memlockHard,omitzero"`
-
-	NotMerged bool `json:"notMerged,omitempty"`
 }
 
 const (
@@ -40,21 +39,48 @@ const (
 // HoldOff keeps pages that are to be guarded from being given back and from being merged, where somebody may do so. After an error, too,
 // [Session.LetBe] has to be called.
 func (s *Session) HoldOff(ctx context.Context, pages Sets) error {
-	h := &HeldOff{}
-	for i, b := range s.blocks {
-		for _, part := range spansOf(b, pages[i]) {
-			h.Ranges = append(h.Ranges, pagetable.Range{Start: part.start, End: part.end})
-			h.Locked = h.Locked || b.Discards
-		}
-	}
-	var err error
-	if h.NotMerged, err = merging(s.process.PID, h.Ranges); err != nil {
+	// What is left of an earlier attempt is undone first: what holds now is what has to be put back.
+	if err := s.LetBe(ctx); err != nil {
 		return err
 	}
-	if !h.Locked && !h.NotMerged {
+	merging, err := ksmRuns()
+	if err != nil {
+		return err
+	}
+	var all []pagetable.Range
+	discards := false
+	for i, b := range s.blocks {
+		for _, part := range spansOf(b, pages[i]) {
+			all = append(all, pagetable.Range{Start: part.start, End: part.end})
+			discards = discards || b.Discards
+		}
+	}
+	if !discards && !merging {
 		return nil
 	}
-	if h.Locked {
+	mappings, err := pagetable.Mappings(s.process.PID)
+	if err != nil {
+		return err
+	}
+	h := &HeldOff{}
+	for _, m := range mappings {
+		for _, r := range all {
+			part := pagetable.Range{Start: max(m.Start, r.Start), End: min(m.End, r.End)}
+			if part.Start >= part.End {
+				continue
+			}
+			if discards && !m.Flags.Locked() { // what QEMU has locked itself stays so
+				h.Locked = append(h.Locked, part)
+			}
+			if merging && m.Flags.Mergeable() {
+				h.NotMerged = append(h.NotMerged, part)
+			}
+		}
+	}
+	if len(h.Locked) == 0 && len(h.NotMerged) == 0 {
+		return nil
+	}
+	if len(h.Locked) > 0 {
 		var old unix.Rlimit
 		if err := unix.Prlimit(s.process.PID, unix.RLIMIT_MEMLOCK, nil, &old); err != nil {
 			return fmt.Errorf("read the limit on locked memory of %v: %w", s.process, err)
@@ -82,21 +108,23 @@ func (s *Session) LetBe(ctx context.Context) error {
 }
 
 func (h *HeldOff) do(ctx context.Context, p Process) error {
-	if h.Locked {
-		all := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
-		if err := unix.Prlimit(p.PID, unix.RLIMIT_MEMLOCK, &all, nil); err != nil {
-			return fmt.Errorf("raise the limit on locked memory of %v: %w", p, err)
+	if len(h.Locked) > 0 {
+		// By as much as is locked, and no more.
+		var bytes uint64
+		for _, r := range h.Locked {
+			bytes += r.End - r.Start
 		}
+		raised := func(limit uint64) uint64 {
+			if limit > unix.RLIM_INFINITY-bytes {
+				return unix.RLIM_INFINITY
+			}
+			return limit + bytes
+		}
+		limit := unix.Rlimit{Cur: raised(h.MemlockSoft), Max: raised(h.MemlockHard)}
+		// It takes a privilege that containers may lack, and is not needed for a process that may lock what it likes.
+		unix.Prlimit(p.PID, unix.RLIMIT_MEMLOCK, &limit, nil) //nolint:errcheck // see above
 	}
-	err := h.each(ctx, p, func(start, bytes uint64) (ops inject.Program) {
-		if h.Locked {
-			ops = append(ops, inject.LockOnFault(start, bytes))
-		}
-		if h.NotMerged {
-			ops = append(ops, inject.Mergeable(start, bytes, false))
-		}
-		return ops
-	})
+	err := errors.Join(each(ctx, p, h.Locked, inject.LockOnFault), each(ctx, p, h.NotMerged, mergeable(false)))
 	if err != nil {
 		return fmt.Errorf("keep guarded memory of %v from being given back: %w", p, err)
 	}
@@ -104,19 +132,8 @@ func (h *HeldOff) do(ctx context.Context, p Process) error {
 }
 
 func (h *HeldOff) undo(ctx context.Context, p Process) error {
-	err := h.each(ctx, p, func(start, bytes uint64) (ops inject.Program) {
-		if h.Locked {
-			ops = append(ops, inject.Unlock(start, bytes))
-		}
-		if h.NotMerged {
-			ops = append(ops, inject.Mergeable(start, bytes, true))
-		}
-		return ops
-	})
-	if errors.Is(err, unix.ENOMEM) {
-		err = nil // it is not mapped any more, and nothing is left to undo
-	}
-	if err == nil && h.Locked {
+	err := errors.Join(each(ctx, p, h.Locked, inject.Unlock), each(ctx, p, h.NotMerged, mergeable(true)))
+	if err == nil && len(h.Locked) > 0 {
 		before := unix.Rlimit{Cur: h.MemlockSoft, Max: h.MemlockHard}
 		err = unix.Prlimit(p.PID, unix.RLIMIT_MEMLOCK, &before, nil)
 	}
@@ -126,8 +143,13 @@ func (h *HeldOff) undo(ctx context.Context, p Process) error {
 	return nil
 }
 
-// each has operations done on all the ranges, some at a time.
-func (h *HeldOff) each(ctx context.Context, p Process, operations func(start, bytes uint64) inject.Program) error {
+func mergeable(may bool) func(start, bytes uint64) inject.Operation {
+	return func(start, bytes uint64) inject.Operation { return inject.Mergeable(start, bytes, may) }
+}
+
+// each has an operation done on all the ranges, on some at a time. What is not mapped any more, or beyond the limit on locked memory, is passed
+// over.
+func each(ctx context.Context, p Process, ranges []pagetable.Range, operation func(start, bytes uint64) inject.Operation) error {
 	var program inject.Program
 	var bytes uint64
 	flush := func() error {
@@ -135,13 +157,23 @@ func (h *HeldOff) each(ctx context.Context, p Process, operations func(start, by
 			return nil
 		}
 		_, err := inject.Do(ctx, p.PID, program)
+		if errors.Is(err, unix.ENOMEM) && len(program) > 1 { // a part of one of them: the others are done one by one
+			err = nil
+			for _, op := range program {
+				if _, one := inject.Do(ctx, p.PID, inject.Program{op}); one != nil && !errors.Is(one, unix.ENOMEM) {
+					err = errors.Join(err, one)
+				}
+			}
+		} else if errors.Is(err, unix.ENOMEM) {
+			err = nil
+		}
 		program, bytes = nil, 0
 		return err
 	}
-	for _, r := range h.Ranges {
+	for _, r := range ranges {
 		for at := r.Start; at < r.End; at += holdOffBytes {
 			n := min(holdOffBytes, r.End-at)
-			program = append(program, operations(at, n)...)
+			program = append(program, operation(at, n))
 			if bytes += n; bytes >= stopBytes || len(program) >= stopCalls {
 				if err := flush(); err != nil {
 					return err
@@ -152,8 +184,8 @@ func (h *HeldOff) each(ctx context.Context, p Process, operations func(start, by
 	return flush()
 }
 
-// merging says whether the kernel may be merging pages of the ranges now.
-func merging(pid int, ranges []pagetable.Range) (bool, error) {
+// ksmRuns says whether the kernel is merging pages now.
+func ksmRuns() (bool, error) {
 	text, err := os.ReadFile("/sys/kernel/mm/ksm/run")
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
@@ -161,19 +193,5 @@ func merging(pid int, ranges []pagetable.Range) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("see whether KSM runs: %w", err)
 	}
-	if strings.TrimSpace(string(text)) != "1" { // 2 has it take apart what it merged
-		return false, nil
-	}
-	mappings, err := pagetable.Mappings(pid)
-	if err != nil {
-		return false, err
-	}
-	for _, m := range mappings {
-		for _, r := range ranges {
-			if m.Flags.Mergeable() && m.Start < r.End && r.Start < m.End {
-				return true, nil
-			}
-		}
-	}
-	return false, nil
+	return strings.TrimSpace(string(text)) == "1", nil // 2 has it take apart what it merged
 }

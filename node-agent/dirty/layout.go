@@ -24,7 +24,7 @@ func Blocks(ctx context.Context, m qemu.Monitor, layout qemu.Layout) ([]Block, e
 	}
 	blocks := make([]Block, len(layout))
 	for i, b := range layout {
-		blocks[i] = Block{Name: b.Name, HVA: b.HVA, Bytes: b.Bytes, HostPageBytes: b.HostPageBytes, Discards: balloon && b.Shared}
+		blocks[i] = Block{Name: b.Name, HVA: b.HVA, Bytes: b.Bytes, HostPageBytes: b.HostPageBytes, Discards: balloon}
 	}
 	return blocks, nil
 }

@@ -158,10 +158,15 @@ func (t *PageTables) look(ctx context.Context) (*Standing, error) {
 		lent := cut(spansOf(b, t.lent[i]), lookSpanBytes, lookSpanBytes)
 		err = t.scan(ctx, lent, args, func(r pagetable.Region) error {
 			run := b.run(r.Start, r.End)
+			c := r.Categories | written
+			keep := func(pageset.Run) {}
 			if r.Categories&populated != 0 && r.Categories&written == 0 {
-				guarded.Add(run)
+				keep = guarded.Add
 			}
-			return classify(memory, run, r.Categories|written, w.Add, holes.Add)
+			if c&pagetable.CategoryPresent == 0 && memory.Backing != evict.Anonymous {
+				c &^= populated // a guard's protection is put onto the holes of shared memory too: its file tells which they are
+			}
+			return classify(memory, run, c, func(r pageset.Run) { w.Add(r); keep(r) }, holes.Add)
 		})
 		if err != nil {
 			return nil, fmt.Errorf("look at the guarded pages of block %s: %w", b.Name, err)

@@ -55,13 +55,15 @@ func Release(ctx context.Context, p Process, recordDir string) (tracked bool, er
 	}
 	var failed []error
 	if len(present) > 0 || readErr == nil {
-		failed = append(failed, noteRelease(dir, p))
+		failed = append(failed, noteRelease(dir, p, nil))
 	}
 	for _, file := range present {
 		failed = append(failed, takeOut(ctx, p.PID, file))
 	}
 	if readErr == nil && old.HeldOff != nil {
-		failed = append(failed, old.HeldOff.undo(ctx, p))
+		if err := old.HeldOff.undo(ctx, p); err != nil {
+			failed = append(failed, err, noteRelease(dir, p, old.HeldOff)) // the next one tries again
+		}
 	}
 	if readErr == nil && old.Witness != nil {
 		failed = append(failed, takeOutWitness(ctx, p.PID, old.Witness))
@@ -74,12 +76,12 @@ func Release(ctx context.Context, p Process, recordDir string) (tracked bool, er
 }
 
 // noteRelease leaves a record that says why the next image cannot be made by tracking. It is not valid: nothing of it is believed.
-func noteRelease(dir *os.Root, p Process) error {
+func noteRelease(dir *os.Root, p Process, h *HeldOff) error {
 	boot, err := currentBoot()
 	if err != nil {
 		return err
 	}
-	return writeRecord(dir, &Record{Version: recordVersion, Process: p, BootID: boot, Reason: reasonReleased, Updated: time.Now().UTC()})
+	return writeRecord(dir, &Record{Version: recordVersion, Process: p, BootID: boot, Reason: reasonReleased, HeldOff: h, Updated: time.Now().UTC()})
 }
 
 // takeOut unregisters all that a userfaultfd in the process has, in steps, and closes it there.

@@ -305,7 +305,11 @@ func (s *Session) track(ctx context.Context) error {
 		case s.uffd == nil:
 			s.untracked[i] = fmt.Errorf("block %s: %w: %w", b.Name, ErrUntracked, s.noTracking)
 		default:
-			s.untracked[i] = s.uffd.Register(b.HVA, b.Bytes, pagetable.ModeWriteProtect)
+			err := s.register(ctx, b)
+			if errors.Is(err, pagetable.ErrOwned) {
+				return fmt.Errorf("block %s: %w: %w", b.Name, ErrBusy, err)
+			}
+			s.untracked[i] = err
 		}
 		if s.untracked[i] == nil {
 			tracked[i] = m
@@ -323,6 +327,20 @@ func (s *Session) track(ctx context.Context) error {
 	s.Union = NewUnion(s.blocks, s.pending, s.Invalidate, s.withWitness(ctx, pages, hash)...)
 	s.level, s.nested = s.unknown == nil, s.record.Nested
 	return s.Union.Arm(ctx)
+}
+
+// ownedFor is how long the guard of a capture that was killed may take to be gone.
+const ownedFor = 10 * time.Second
+
+// register registers a block. Where a guard that nobody needs any more is being lifted, it waits for that.
+func (s *Session) register(ctx context.Context, b Block) error {
+	for until := time.Now().Add(ownedFor); ; {
+		err := s.uffd.Register(b.HVA, b.Bytes, pagetable.ModeWriteProtect)
+		if !errors.Is(err, pagetable.ErrOwned) || time.Now().After(until) || ctx.Err() != nil {
+			return err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 }
 
 // trackable says why the page tables cannot tell what is written to a block.

@@ -15,8 +15,10 @@ import (
 // DefaultWriteBound is how long a guest's write may wait for the guard unless it is said otherwise.
 const DefaultWriteBound = 50 * time.Millisecond
 
-// endBound is how long lifting a guard may take: 0.2 s for 4 GiB were measured, on a slow machine.
-const endBound = 5 * time.Second
+// EndBound is how long lifting a guard of so many bytes may take: 0.2 s for 4 GiB were measured, on a slow machine.
+func EndBound(bytes uint64) time.Duration {
+	return 5*time.Second + time.Duration(bytes>>30)*500*time.Millisecond
+}
 
 // maxAreas is how many areas one guard has at the most: each splits the mapping that it lies in, and a process has a limited number of those.
 const maxAreas = 1024
@@ -62,6 +64,7 @@ type Guard struct {
 	exit     string
 	dropped  uint64 // the reason that it gave, or 0
 	ended    bool   // as it was told to
+	bytes    uint64 // in all areas
 	faults   uint64
 	closeAll sync.Once
 }
@@ -126,6 +129,7 @@ func (o CopyOnWrite) Start(ctx context.Context) (_ *Guard, err error) {
 	}()
 	var numbers []uint64
 	for _, a := range o.Areas {
+		g.bytes += a.Bytes()
 		numbers = append(numbers, a.Start, a.End, a.PageBytes)
 	}
 	if err := sendOrder(g.control, orderProtect, numbers...); err != nil {
@@ -316,7 +320,7 @@ func (g *Guard) Close() {
 	g.closeAll.Do(func() {
 		// Nobody to obey is the end for it as well, and it lifts the guard in steps.
 		unix.Shutdown(g.control, unix.SHUT_WR) //nolint:errcheck // it is gone then
-		late := time.AfterFunc(endBound, g.Kill)
+		late := time.AfterFunc(EndBound(g.bytes), g.Kill)
 		defer late.Stop()
 		for range g.answers {
 		}

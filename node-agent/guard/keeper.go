@@ -297,8 +297,13 @@ func (k *keeper) serve() error {
 		if len(faults) == 0 {
 			break
 		}
-		for _, f := range faults {
+		for i, f := range faults {
 			if err := k.answer(f.Address); err != nil {
+				// They were read, and show nowhere any more: who waits in them is let go before all that follows.
+				k.copying = false
+				for _, f := range faults[i:] {
+					k.answer(f.Address) //nolint:errcheck // the guard is given up anyway
+				}
 				return err
 			}
 		}
