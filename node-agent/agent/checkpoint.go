@@ -188,7 +188,11 @@ func (c *checkpoints) work(ctx context.Context, o *vmckptv1.VMCheckpoint, key ta
 		// owner wants a new image.
 		return &outcome{vmckptv1.ReasonAdopted, fmt.Sprintf("the claim has an image of this checkpoint already, taken %s; nothing was captured", found.Created.Format(time.RFC3339)), found}, nil
 	case err == nil:
-		return nil, &takenError{name: name, by: found.Attributes[attributeNamespace] + "/" + found.Attributes[attributeName]}
+		by := "of another namespace"
+		if found.Attributes[attributeNamespace] == o.Namespace {
+			by = found.Attributes[attributeName]
+		}
+		return nil, &takenError{name, by}
 	case jobs.CodeOf(err) != jobs.CodeNotFound || o.Spec.Import != nil:
 		return nil, err
 	}

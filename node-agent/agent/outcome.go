@@ -88,10 +88,22 @@ type failure struct {
 	message string
 }
 
+// errNoVM is what is told of a machine that was not found.
+var errNoVM = errors.New("no QEMU of this virtual machine runs on the node")
+
+// told is what objects may say of an error: whoever reads them has no business with the node's other machines, which the log may name.
+func told(err error) error {
+	if jobs.CodeOf(err) == jobs.CodeNoVM {
+		return errNoVM
+	}
+	return err
+}
+
 // weigh decides, and notes when the object is tried again.
 func (a *Agent) weigh(ctx context.Context, key taskKey, t attempt, err error) failure {
 	f := failure{}
 	f.verdict, f.reason = judge(ctx, err)
+	err = told(err)
 	if f.reason == vmckptv1.ReasonTimeout {
 		err = a.retries.timedOut(key, t.timeout.Duration, err)
 	}

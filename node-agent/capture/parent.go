@@ -58,7 +58,7 @@ func (c *capture) chooseParent(ctx context.Context) (*image.Image, error) {
 			c.result.Why = fmt.Sprintf("tracking counts from another image that had the name %s, of another repository or deleted since", tracked.Name)
 		case errors.Is(err, image.ErrNotFound):
 			c.result.Why = fmt.Sprintf("tracking counts from image %s, which is not in this repository: it is in another one, or was deleted", tracked.Name)
-		case !unfit(err) && !(c.o.OtherKeys && errors.Is(err, image.ErrWrongKey)):
+		case !unfit(err) && !errors.Is(err, image.ErrWrongKey): // of those under another key there may be others below
 			return nil, err
 		default:
 			c.result.Why = fmt.Sprintf("image %s, which tracking counts from, cannot be used: %v", tracked.Name, err)
