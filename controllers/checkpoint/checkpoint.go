@@ -24,6 +24,7 @@ import (
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
 	"github.com/vmckpt/vmckpt/controllers/claim"
 	"github.com/vmckpt/vmckpt/controllers/node"
+	"github.com/vmckpt/vmckpt/controllers/turn"
 	"github.com/vmckpt/vmckpt/controllers/verdict"
 	"github.com/vmckpt/vmckpt/controllers/vm"
 )
@@ -229,7 +230,7 @@ func (r *Reconciler) nodeOfClaim(ctx context.Context, c *vmckptv1.VMCheckpoint) 
 }
 
 // restoreFirst lets a restore of the same machine go first, whichever was made first: what it will overwrite is not worth a checkpoint. Nor is what
-// one has left half overwritten.
+// one has left half overwritten. One that cannot be done now does not keep the machine from being captured.
 func (r *Reconciler) restoreFirst(ctx context.Context, c *vmckptv1.VMCheckpoint, vmi *kubevirtv1.VirtualMachineInstance) (*verdict.Verdict, error) {
 	var list vmckptv1.VMRestoreList
 	if err := r.Client.List(ctx, &list, client.InNamespace(c.Namespace)); err != nil {
@@ -243,6 +244,9 @@ func (r *Reconciler) restoreFirst(ctx context.Context, c *vmckptv1.VMCheckpoint,
 		// One that waits for a checkpoint, this very one perhaps, does not come before it; nor does one for a machine that stands paused, as long
 		// as this one runs.
 		if o.Status.NodeName == "" && (o.Status.Image == nil || o.Spec.Target.Mode == vmckptv1.RestorePaused && !vm.Paused(vmi)) {
+			continue
+		}
+		if turn.Waits(o) || turn.Retries(o) {
 			continue
 		}
 		return verdict.Wait(vmckptv1.ReasonRestoring, fmt.Sprintf("restore %s of virtual machine %s comes first", o.Name, vmi.Name)), nil

@@ -41,13 +41,17 @@ func TestWaits(t *testing.T) {
 	})
 	r.says(c, vmckptv1.ReasonMigrating, "is being migrated")
 	r.says(r.restore("stuck", "nothing", nil), vmckptv1.ReasonWaiting, "there is no checkpoint nothing") // nobody waits for this one
+	r.claim("images", "")
 	back := r.restore("back", "", func(o *vmckptv1.VMRestore) {
-		o.Spec.Source.Volume = &vmckptv1.ImageRef{ClaimName: "claim", Image: "old"}
+		o.Spec.Source.Volume = &vmckptv1.ImageRef{ClaimName: "images", Image: "old"}
 	})
 	r.says(back, vmckptv1.ReasonMigrating, "")
 	vmi := r.instance("vm", func(vmi *kubevirtv1.VirtualMachineInstance) { vmi.Status.MigrationState.Completed = true })
 	r.says(c, vmckptv1.ReasonRestoring, "restore back of virtual machine vm comes first")
 	r.must(r.Delete(t.Context(), back))
+	r.must(r.Get(t.Context(), client.ObjectKeyFromObject(back), back))
+	back.Finalizers = nil // as its agent does
+	r.must(r.Update(t.Context(), back))
 	r.says(c, vmckptv1.ReasonClaim, "claim "+r.namespace+"/claim is not there")
 	pvc := r.unboundClaim("claim")
 	r.says(c, vmckptv1.ReasonClaim, "is not bound to a volume yet")

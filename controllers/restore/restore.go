@@ -24,6 +24,7 @@ import (
 	vmckptv1 "github.com/vmckpt/vmckpt/api/v1alpha1"
 	"github.com/vmckpt/vmckpt/controllers/claim"
 	"github.com/vmckpt/vmckpt/controllers/node"
+	"github.com/vmckpt/vmckpt/controllers/turn"
 	"github.com/vmckpt/vmckpt/controllers/verdict"
 	"github.com/vmckpt/vmckpt/controllers/vm"
 )
@@ -204,9 +205,6 @@ func (r *Reconciler) place(ctx context.Context, o *vmckptv1.VMRestore) (*kubevir
 		return nil, verdict.Wait(vmckptv1.ReasonWaitingForVM, fmt.Sprintf(
 			"virtual machine %s/%s runs, and the restore is for one that stands paused: start it paused, or roll it back with mode InPlace", o.Namespace, vmi.Name)), nil
 	}
-	if v, err := r.turn(ctx, o, vmi); v != nil || err != nil {
-		return nil, v, err
-	}
 	n, v, err := node.OfMachine(ctx, r.Client, vmi.Status.NodeName)
 	if v != nil || err != nil {
 		return nil, v, err
@@ -216,7 +214,11 @@ func (r *Reconciler) place(ctx context.Context, o *vmckptv1.VMRestore) (*kubevir
 	if v != nil || err != nil {
 		return nil, v, err
 	}
-	v, err = claim.OnNode(name, pv, n)
+	if v, err = claim.OnNode(name, pv, n); v != nil || err != nil {
+		return nil, v, err
+	}
+	// Last: one that says it waits for its turn could begin if it had it, and others wait for it in turn.
+	v, err = r.turn(ctx, o, vmi)
 	return vmi, v, err
 }
 
@@ -266,11 +268,13 @@ func (r *Reconciler) turn(ctx context.Context, o *vmckptv1.VMRestore, vmi *kubev
 		if other.Done() {
 			continue
 		}
-		// What waits for a checkpoint that may never come, or for a machine that stands paused while it runs, is passed by; what nobody has looked
-		// at yet is not.
+		// What waits for a checkpoint or a claim that may never come, or for a machine that stands paused while it runs, is passed by; what nobody
+		// has looked at yet is not. Of those that are bound only what waits for its repository is: one that is tried again soon would overwrite what
+		// the younger one has restored.
 		eligible := len(other.Status.Conditions) == 0 ||
-			other.Status.Image != nil && (other.Spec.Target.Mode != vmckptv1.RestorePaused || vm.Paused(vmi))
-		if other.Status.NodeName != "" || other.DeletionTimestamp == nil && older(other, o) && eligible {
+			other.Status.Image != nil && !turn.Waits(other) && (other.Spec.Target.Mode != vmckptv1.RestorePaused || vm.Paused(vmi))
+		bound := other.Status.NodeName != "" && !turn.Endless(other)
+		if bound || other.Status.NodeName == "" && other.DeletionTimestamp == nil && older(other, o) && eligible {
 			return verdict.Wait(vmckptv1.ReasonRestoring, fmt.Sprintf("restore %s of the same virtual machine comes first", other.Name)), nil
 		}
 	}
