@@ -103,3 +103,37 @@ func TestTornMemory(t *testing.T) {
 	r.must(r.Status().Update(t.Context(), whole))
 	r.says(c, vmckptv1.ReasonBound, "")
 }
+
+// TestVolumeKinds that no node agent reaches are refused before anything is bound or held.
+func TestVolumeKinds(t *testing.T) {
+	r := newRig(t)
+	r.controllers(false)
+	for name, source := range map[string]corev1.PersistentVolumeSource{
+		"csi": {CSI: &corev1.CSIPersistentVolumeSource{Driver: "disks.example.com", VolumeHandle: "1"}},
+		"nfs": {NFS: &corev1.NFSVolumeSource{Server: "files.example.com", Path: "/"}},
+	} {
+		pvc := r.unboundClaim(name)
+		pv := &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: pvc.Spec.VolumeName}}
+		pv.Spec.AccessModes, pv.Spec.Capacity, pv.Spec.PersistentVolumeSource = pvc.Spec.AccessModes, pvc.Spec.Resources.Requests, source
+		pv.Spec.ClaimRef = &corev1.ObjectReference{Namespace: r.namespace, Name: pvc.Name, UID: pvc.UID}
+		r.must(r.Create(t.Context(), pv))
+		r.bindClaim(pvc)
+		r.instance(name, nil)
+		c := r.checkpoint(name, func(c *vmckptv1.VMCheckpoint) { c.Spec.Source.Name, c.Spec.Storage.ClaimName = name, name })
+		imported := r.checkpoint(name+"-import", func(c *vmckptv1.VMCheckpoint) {
+			c.Spec.Import, c.Spec.Storage.ClaimName = &vmckptv1.Import{Image: "old"}, name
+		})
+		o := r.restore(name, "", func(o *vmckptv1.VMRestore) {
+			o.Spec.Source.Volume, o.Spec.Target.Name = &vmckptv1.ImageRef{ClaimName: name, Image: "old"}, name
+		})
+		for _, refused := range []client.Object{c, imported, o} {
+			r.says(refused, vmckptv1.ReasonClaim, "images can be only on volumes of the kinds local and hostPath")
+			if len(refused.GetFinalizers()) != 0 {
+				t.Errorf("%v", refused.GetFinalizers())
+			}
+		}
+		if !c.Done() || !imported.Done() || !o.Done() || c.Status.NodeName+imported.Status.NodeName+o.Status.NodeName != "" {
+			t.Errorf("%+v, %+v, %+v", c.Status, imported.Status, o.Status)
+		}
+	}
+}

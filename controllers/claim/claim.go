@@ -54,7 +54,23 @@ func Usable(ctx context.Context, r client.Reader, name types.NamespacedName) (*c
 	if ref := pv.Spec.ClaimRef; ref == nil || ref.Namespace != pvc.Namespace || ref.Name != pvc.Name || ref.UID != pvc.UID {
 		return wait("has a volume that belongs to another claim (%s)", pv.Name)
 	}
+	// What the node agent reaches: it would find out no sooner than on the node, and its image could not be removed from there either.
+	if pv.Spec.Local == nil && pv.Spec.HostPath == nil {
+		return nil, verdict.Refuse(vmckptv1.ReasonClaim, fmt.Sprintf(
+			"claim %v lies on volume %s, which is %s: images can be only on volumes of the kinds local and hostPath", name, pv.Name, kind(&pv))), nil
+	}
 	return &pv, nil, nil
+}
+
+// kind is that of a volume, in words.
+func kind(pv *corev1.PersistentVolume) string {
+	switch s := pv.Spec.PersistentVolumeSource; {
+	case s.CSI != nil:
+		return "of the CSI driver " + s.CSI.Driver
+	case s.NFS != nil:
+		return "of the kind nfs"
+	}
+	return "of another kind"
 }
 
 // unbound says what a claim waits for that has no volume yet.
