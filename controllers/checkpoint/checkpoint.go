@@ -3,6 +3,7 @@ package checkpoint
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
@@ -132,35 +133,39 @@ func (r *Reconciler) waiting(ctx context.Context, namespace, field, value string
 
 // Reconcile brings a checkpoint one step on.
 func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
+	return verdict.Again(r.step(ctx, request.NamespacedName))
+}
+
+func (r *Reconciler) step(ctx context.Context, name types.NamespacedName) error {
 	c := &vmckptv1.VMCheckpoint{}
-	if err := r.Client.Get(ctx, request.NamespacedName, c); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
+	if err := r.Client.Get(ctx, name, c); err != nil {
+		return client.IgnoreNotFound(err)
 	}
 	if c.DeletionTimestamp != nil {
-		return ctrl.Result{}, r.deleted(ctx, c)
+		return r.deleted(ctx, c)
 	}
 	if c.Done() {
-		return ctrl.Result{}, nil
+		return nil
 	}
 	if c.Status.NodeName != "" {
 		if free, err := r.bound(ctx, c); err != nil || !free {
-			return ctrl.Result{}, err
+			return err
 		}
 	}
 	nodeName, vmi, v, err := r.place(ctx, c)
 	if err != nil {
-		return ctrl.Result{}, err
+		return err
 	}
 	if v != nil {
-		return ctrl.Result{}, r.say(ctx, c, v)
+		return r.say(ctx, c, v)
 	}
 	// By a patch: an update would write the timeout in Go's spelling (10m0s for 10m), and take the field from whoever applied it.
 	asRead := c.DeepCopy()
 	if controllerutil.AddFinalizer(c, vmckptv1.Finalizer) {
 		err := r.Client.Patch(ctx, c, client.MergeFromWithOptions(asRead, client.MergeFromWithOptimisticLock{}))
-		return ctrl.Result{}, client.IgnoreNotFound(err) // which brings it here again
+		return client.IgnoreNotFound(err) // which brings it here again
 	}
-	return ctrl.Result{}, r.bind(ctx, c, nodeName, vmi)
+	return r.bind(ctx, c, nodeName, vmi)
 }
 
 // bound looks after a checkpoint that is its agent's: a node that is not ready is waited for, and one that is gone has no agent any more. What that
@@ -324,7 +329,7 @@ func (r *Reconciler) deleted(ctx context.Context, c *vmckptv1.VMCheckpoint) erro
 	if !controllerutil.ContainsFinalizer(c, vmckptv1.Finalizer) {
 		return nil
 	}
-	if c.Status.NodeName != "" && (c.Spec.DeletionPolicy != vmckptv1.DeletionRetain || !c.Done()) {
+	if c.Status.NodeName != "" && !untouched(c) && (c.Spec.DeletionPolicy != vmckptv1.DeletionRetain || !c.Done()) {
 		if free, err := r.orphaned(ctx, c); err != nil || !free {
 			return err
 		}
@@ -334,17 +339,38 @@ func (r *Reconciler) deleted(ctx context.Context, c *vmckptv1.VMCheckpoint) erro
 	return client.IgnoreNotFound(r.Client.Patch(ctx, c, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})))
 }
 
+// untouched reports whether no agent has begun with a checkpoint. Nor will one, once it is deleted: agents ask the API server before they begin.
+func untouched(c *vmckptv1.VMCheckpoint) bool {
+	return !c.Done() && c.Status.StartTime == nil && c.Status.Attempts == 0 && c.Status.Image == nil
+}
+
+// nodeAway begins what is said where the node of a deleted checkpoint is not ready.
+const nodeAway = "node %s is not ready"
+
 // orphaned looks after a checkpoint whose image its agent is to remove. Where the node is gone another one's does, if there is one that reaches the
 // volume; else the image is left, and the object is free to go.
 func (r *Reconciler) orphaned(ctx context.Context, c *vmckptv1.VMCheckpoint) (free bool, err error) {
 	lost := c.Status.NodeName
 	_, state, err := node.Look(ctx, r.Client, r.Live, lost)
 	switch {
-	case err != nil || state == node.StateReady:
+	case err != nil:
 		return false, err
+	case state == node.StateReady:
+		// What the agent says itself of the removal stands.
+		away := fmt.Sprintf(nodeAway, lost)
+		if known := meta.FindStatusCondition(c.Status.Conditions, vmckptv1.ConditionReady); known != nil &&
+			known.Reason == vmckptv1.ReasonDeleting && !strings.HasPrefix(known.Message, away) {
+			return false, nil
+		}
+		does := "removes the image"
+		if c.Spec.DeletionPolicy == vmckptv1.DeletionRetain {
+			does = "ends its work on it"
+		}
+		return false, r.say(ctx, c, verdict.Wait(vmckptv1.ReasonDeleting, fmt.Sprintf(
+			"the agent of node %s %s; if it does not run there, take the finalizer %s off to let the object go without", lost, does, vmckptv1.Finalizer)))
 	case state == node.StateNotReady:
 		return false, r.say(ctx, c, verdict.Wait(vmckptv1.ReasonDeleting, fmt.Sprintf(
-			"node %s is not ready: its agent removes the image when it is again. To let the object go without, take the finalizer %s off", lost, vmckptv1.Finalizer)))
+			nodeAway+": its agent removes the image when it is again. To let the object go without, take the finalizer %s off", lost, vmckptv1.Finalizer)))
 	}
 	other, v, err := r.nodeOfClaim(ctx, c)
 	switch {

@@ -49,9 +49,6 @@ func TestWaits(t *testing.T) {
 	vmi := r.instance("vm", func(vmi *kubevirtv1.VirtualMachineInstance) { vmi.Status.MigrationState.Completed = true })
 	r.says(c, vmckptv1.ReasonRestoring, "restore back of virtual machine vm comes first")
 	r.must(r.Delete(t.Context(), back))
-	r.must(r.Get(t.Context(), client.ObjectKeyFromObject(back), back))
-	back.Finalizers = nil // as its agent does
-	r.must(r.Update(t.Context(), back))
 	r.says(c, vmckptv1.ReasonClaim, "claim "+r.namespace+"/claim is not there")
 	pvc := r.unboundClaim("claim")
 	r.says(c, vmckptv1.ReasonClaim, "is not bound to a volume yet")
@@ -146,7 +143,7 @@ func TestDeleted(t *testing.T) {
 	r.claim("claim", "")
 	r.instance("vm", nil)
 	mine := map[string]*vmckptv1.VMCheckpoint{}
-	for _, name := range []string{"bound", "ready", "kept", "bound-kept", "failed"} {
+	for _, name := range []string{"bound", "bound-kept", "begun", "begun-kept", "ready", "kept", "failed"} {
 		mine[name] = r.checkpoint(name, func(c *vmckptv1.VMCheckpoint) {
 			if strings.Contains(name, "kept") {
 				c.Spec.DeletionPolicy = vmckptv1.DeletionRetain
@@ -154,18 +151,48 @@ func TestDeleted(t *testing.T) {
 		})
 		r.says(mine[name], vmckptv1.ReasonBound, "")
 	}
+	r.agent(mine["begun"], begun)
+	r.agent(mine["begun-kept"], begun)
 	r.agent(mine["ready"], captured)
 	r.agent(mine["kept"], captured)
 	r.agent(mine["failed"], func(c *vmckptv1.VMCheckpoint) { c.Failed("Unexpected", "it failed", time.Now()) })
 	for _, c := range mine {
 		r.must(r.Delete(t.Context(), c))
 	}
-	r.gone(mine["kept"])
-	// What an agent may have made an image for is the agent's to end.
-	for _, name := range []string{"bound", "ready", "bound-kept", "failed"} {
-		r.wait(mine[name], "it still waits for its agent", func() bool {
-			return mine[name].DeletionTimestamp != nil && len(mine[name].Finalizers) == 1
-		})
+	for _, name := range []string{"kept", "bound", "bound-kept"} { // no agent has anything to do
+		r.gone(mine[name])
+	}
+	// What an agent may have made an image for is the agent's to end, and that is said.
+	for name, does := range map[string]string{"begun": "removes the image", "ready": "removes the image", "failed": "removes the image", "begun-kept": "ends its work"} {
+		c := mine[name]
+		r.says(c, vmckptv1.ReasonDeleting, "the agent of node node-a "+does)
+		if c.Status.Phase != vmckptv1.CheckpointDeleting || len(c.Finalizers) != 1 {
+			t.Errorf("%+v", c)
+		}
+	}
+	// What the agent says of it stands.
+	r.agent(mine["ready"], func(c *vmckptv1.VMCheckpoint) {
+		c.Waiting(vmckptv1.ReasonDeleting, "its image cannot be removed: the volume is full", time.Now())
+	})
+	time.Sleep(time.Second)
+	r.says(mine["ready"], vmckptv1.ReasonDeleting, "its image cannot be removed")
+
+	from := func(o *vmckptv1.VMRestore) {
+		o.Spec.Source.Volume = &vmckptv1.ImageRef{ClaimName: "claim", Image: "old"}
+	}
+	o := r.restore("unbegun", "", from)
+	r.says(o, vmckptv1.ReasonBound, "")
+	r.must(r.Delete(t.Context(), o))
+	r.gone(o)
+	o = r.restore("begun", "", from)
+	r.says(o, vmckptv1.ReasonBound, "")
+	o.Status.StartTime, o.Status.Attempts = &metav1.Time{Time: time.Now()}, 1
+	o.Waiting(vmckptv1.ReasonRunning, "is being restored", time.Now())
+	r.must(r.Status().Update(t.Context(), o))
+	r.must(r.Delete(t.Context(), o))
+	r.says(o, vmckptv1.ReasonDeleting, "the agent of node node-a ends the restore")
+	if o.Status.Phase != vmckptv1.RestoreDeleting || len(o.Finalizers) != 1 {
+		t.Errorf("%+v", o)
 	}
 }
 

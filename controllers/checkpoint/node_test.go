@@ -124,6 +124,8 @@ func TestNodeNotReady(t *testing.T) {
 	r.wait(o, "the node to be back", func() bool {
 		return strings.HasPrefix(meta.FindStatusCondition(o.Status.Conditions, vmckptv1.ConditionReady).Message, "bound to node")
 	})
+	o.Status.StartTime, o.Status.Attempts = &metav1.Time{Time: time.Now()}, 1
+	r.must(r.Status().Update(t.Context(), o))
 	r.answers(n, false)
 	for _, deleted := range []client.Object{c, o} {
 		r.must(r.Delete(t.Context(), deleted))

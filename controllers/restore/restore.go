@@ -139,36 +139,40 @@ func (r *Reconciler) waiting(ctx context.Context, namespace, field, value string
 
 // Reconcile brings a restore one step on.
 func (r *Reconciler) Reconcile(ctx context.Context, request ctrl.Request) (ctrl.Result, error) {
+	return verdict.Again(r.step(ctx, request.NamespacedName))
+}
+
+func (r *Reconciler) step(ctx context.Context, name types.NamespacedName) error {
 	o := &vmckptv1.VMRestore{}
-	if err := r.Client.Get(ctx, request.NamespacedName, o); err != nil {
-		return ctrl.Result{}, client.IgnoreNotFound(err)
+	if err := r.Client.Get(ctx, name, o); err != nil {
+		return client.IgnoreNotFound(err)
 	}
 	if o.DeletionTimestamp != nil {
-		return ctrl.Result{}, r.deleted(ctx, o)
+		return r.deleted(ctx, o)
 	}
 	if o.Done() {
-		return ctrl.Result{}, nil
+		return nil
 	}
 	before := o.Status.DeepCopy()
 	if o.Status.NodeName != "" {
 		if free, err := r.bound(ctx, o, before); err != nil || !free {
-			return ctrl.Result{}, err
+			return err
 		}
 	}
 	vmi, v, err := r.place(ctx, o)
 	if err != nil {
-		return ctrl.Result{}, err
+		return err
 	}
 	if v != nil {
-		return ctrl.Result{}, r.say(ctx, o, before, v)
+		return r.say(ctx, o, before, v)
 	}
 	// By a patch: an update would write the timeout in Go's spelling (10m0s for 10m), and take the field from whoever applied it.
 	asRead := o.DeepCopy()
 	if controllerutil.AddFinalizer(o, vmckptv1.Finalizer) {
 		err := r.Client.Patch(ctx, o, client.MergeFromWithOptions(asRead, client.MergeFromWithOptimisticLock{}))
-		return ctrl.Result{}, client.IgnoreNotFound(err) // which brings it here again
+		return client.IgnoreNotFound(err) // which brings it here again
 	}
-	return ctrl.Result{}, r.bind(ctx, o, vmi)
+	return r.bind(ctx, o, vmi)
 }
 
 // bound looks after a restore that is its agent's: a node that is not ready is waited for, and one that is gone has no agent any more. What that one
@@ -324,11 +328,16 @@ func (r *Reconciler) deleted(ctx context.Context, o *vmckptv1.VMRestore) error {
 	if !controllerutil.ContainsFinalizer(o, vmckptv1.Finalizer) {
 		return nil
 	}
-	if name := o.Status.NodeName; name != "" && !o.Done() {
+	// One that no agent has begun with none will begin with, now that it is deleted: agents ask the API server before they begin.
+	untouched := o.Status.StartTime == nil && o.Status.Attempts == 0
+	if name := o.Status.NodeName; name != "" && !o.Done() && !untouched {
 		_, state, err := node.Look(ctx, r.Client, r.Live, name)
 		switch {
-		case err != nil || state == node.StateReady:
-			return err // the agent's
+		case err != nil:
+			return err
+		case state == node.StateReady:
+			return r.say(ctx, o, &o.Status, verdict.Wait(vmckptv1.ReasonDeleting, fmt.Sprintf(
+				"the agent of node %s ends the restore; if it does not run there, take the finalizer %s off to let the object go without", name, vmckptv1.Finalizer)))
 		case state == node.StateNotReady:
 			return r.say(ctx, o, &o.Status, verdict.Wait(vmckptv1.ReasonDeleting, fmt.Sprintf(
 				"node %s is not ready: its agent ends the restore when it is again. To let the object go without, take the finalizer %s off", name, vmckptv1.Finalizer)))

@@ -1,7 +1,13 @@
 // Package verdict says what stands between a request and its node.
 package verdict
 
-import "unicode/utf8"
+import (
+	"time"
+	"unicode/utf8"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	ctrl "sigs.k8s.io/controller-runtime"
+)
 
 // Verdict is what a check found in the way, in the words of a condition. A nil one means that nothing is.
 type Verdict struct {
@@ -32,4 +38,15 @@ func Note(message string) string {
 		cut--
 	}
 	return message[:cut] + mark
+}
+
+// againAfter gives the cache the time to show what another has written.
+const againAfter = 200 * time.Millisecond
+
+// Again is what a reconciler returns. That another wrote in between is no error: the object is looked at again.
+func Again(err error) (ctrl.Result, error) {
+	if apierrors.IsConflict(err) {
+		return ctrl.Result{RequeueAfter: againAfter}, nil
+	}
+	return ctrl.Result{}, err
 }
