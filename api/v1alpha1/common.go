@@ -72,15 +72,14 @@ const (
 
 // Reasons of failures. Others are the node agent's codes in upper camel case, listed in docs/operation.md.
 const (
-	ReasonTimeout        = "Timeout"
-	ReasonRefused        = "Refused"  // the machine cannot be captured truly
-	ReasonVMGone         = "VMGone"   // it ended, or was moved, in the middle
-	ReasonNodeGone       = "NodeGone" // the node is no longer of the cluster
-	ReasonNotImplemented = "NotImplemented"
-	ReasonMemoryInvalid  = "MemoryInvalid"
-	ReasonMemoryWhole    = "MemoryWhole"
-	ReasonLeftStopped    = "LeftStopped"
-	ReasonNotStopped     = "NotStopped"
+	ReasonTimeout       = "Timeout"
+	ReasonRefused       = "Refused"  // the machine cannot be captured truly
+	ReasonVMGone        = "VMGone"   // it ended, or was moved, in the middle
+	ReasonNodeGone      = "NodeGone" // the node is no longer of the cluster
+	ReasonMemoryInvalid = "MemoryInvalid"
+	ReasonMemoryWhole   = "MemoryWhole"
+	ReasonLeftStopped   = "LeftStopped"
+	ReasonNotStopped    = "NotStopped"
 )
 
 // Finalizer keeps an object until its image is dealt with.

@@ -69,7 +69,7 @@ func (r *VMRestore) Waiting(reason, message string, now time.Time) {
 	r.settle()
 }
 
-// Succeeded says that the machine is restored, whole.
+// Succeeded says that the machine is restored, whole. Who knows how long it took puts that into the status before.
 func (r *VMRestore) Succeeded(reason, message string, now time.Time) {
 	succeeded(&r.Status.Conditions, r.Generation, reason, message, now)
 	r.SetMemoryInvalid(false, "the restore is complete", now)
@@ -85,8 +85,10 @@ func (r *VMRestore) Failed(reason, message string, now time.Time) {
 
 func (r *VMRestore) finish(now time.Time) {
 	r.Status.CompletionTime, r.Status.Progress = &metav1.Time{Time: now}, nil
-	if r.Status.StartTime != nil {
-		r.Status.Duration = &metav1.Duration{Duration: now.Sub(r.Status.StartTime.Time).Round(time.Millisecond)}
+	// The start is of whole seconds as the API server gives it back: without a word from who measured it the duration is no finer.
+	if start := r.Status.StartTime; r.Status.Duration == nil && start != nil {
+		took := now.Truncate(time.Second).Sub(start.Truncate(time.Second))
+		r.Status.Duration = &metav1.Duration{Duration: max(0, took)}
 	}
 	r.settle()
 }
