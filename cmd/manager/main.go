@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"time"
 
@@ -13,7 +12,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/utils/clock"
 	ctrl "sigs.k8s.io/controller-runtime"
-	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/healthz"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
@@ -120,25 +118,9 @@ func run(ctx context.Context, o *options) error {
 	if err := manager.AddHealthzCheck("ping", healthz.Ping); err != nil {
 		return err
 	}
-	if err := manager.AddReadyzCheck("cache", synced(manager.GetCache())); err != nil {
+	if err := manager.AddReadyzCheck("cache", synced(manager.GetCache(), logger)); err != nil {
 		return err
 	}
 	logger.Info("the manager begins", "namespace", o.Namespace)
 	return manager.Start(ctx)
 }
-
-// synced is the check that the manager has read the cluster: that the API server was there, with our kinds and the rights to read them. One that
-// does not lead has read checkpoints and restores, and is ready to take over.
-func synced(c cache.Cache) healthz.Checker {
-	return func(q *http.Request) error {
-		ctx, cancel := context.WithTimeout(q.Context(), readyBound)
-		defer cancel()
-		if !c.WaitForCacheSync(ctx) {
-			return errors.New("the API server has not been read yet")
-		}
-		return nil
-	}
-}
-
-// readyBound is half of what a kubelet waits for an answer, unless it is told otherwise.
-const readyBound = 500 * time.Millisecond
