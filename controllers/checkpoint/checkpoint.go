@@ -362,6 +362,9 @@ func (r *Reconciler) orphaned(ctx context.Context, c *vmckptv1.VMCheckpoint) (fr
 			known.Reason == vmckptv1.ReasonDeleting && !strings.HasPrefix(known.Message, away) {
 			return false, nil
 		}
+		if err := verdict.AgentsTurn(c.DeletionTimestamp.Time, r.Clock.Now()); err != nil {
+			return false, err
+		}
 		does := "removes the image"
 		if c.Spec.DeletionPolicy == vmckptv1.DeletionRetain {
 			does = "ends its work on it"

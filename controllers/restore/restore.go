@@ -336,6 +336,9 @@ func (r *Reconciler) deleted(ctx context.Context, o *vmckptv1.VMRestore) error {
 		case err != nil:
 			return err
 		case state == node.StateReady:
+			if err := verdict.AgentsTurn(o.DeletionTimestamp.Time, r.Clock.Now()); err != nil {
+				return err
+			}
 			return r.say(ctx, o, &o.Status, verdict.Wait(vmckptv1.ReasonDeleting, fmt.Sprintf(
 				"the agent of node %s ends the restore; if it does not run there, take the finalizer %s off to let the object go without", name, vmckptv1.Finalizer)))
 		case state == node.StateNotReady:

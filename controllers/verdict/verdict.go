@@ -2,6 +2,8 @@
 package verdict
 
 import (
+	"errors"
+	"fmt"
 	"time"
 	"unicode/utf8"
 
@@ -43,8 +45,27 @@ func Note(message string) string {
 // againAfter gives the cache the time to show what another has written.
 const againAfter = 200 * time.Millisecond
 
+// Later is the error of who has nothing to say yet, and is to look again after that time.
+type Later time.Duration
+
+func (l Later) Error() string { return fmt.Sprintf("to be looked at again in %v", time.Duration(l)) }
+
+// agentsTurn is how long the agent of a deleted object has to itself. Mostly it is done by then, and a write of ours would only get in its way.
+const agentsTurn = 2 * time.Second
+
+// AgentsTurn is [Later] as long as an object was deleted a moment ago. Clocks that disagree do not make it longer.
+func AgentsTurn(deleted, now time.Time) error {
+	if left := agentsTurn - now.Sub(deleted); left > 0 && left <= agentsTurn {
+		return Later(left)
+	}
+	return nil
+}
+
 // Again is what a reconciler returns. That another wrote in between is no error: the object is looked at again.
 func Again(err error) (ctrl.Result, error) {
+	if later := Later(0); errors.As(err, &later) {
+		return ctrl.Result{RequeueAfter: time.Duration(later)}, nil
+	}
 	if apierrors.IsConflict(err) {
 		return ctrl.Result{RequeueAfter: againAfter}, nil
 	}
