@@ -119,6 +119,7 @@ func (r *restores) run(ctx context.Context, key taskKey) {
 		for _, w := range result.Warnings[:min(len(result.Warnings), mostWarnings)] {
 			o.Status.Warnings = append(o.Status.Warnings, clip(w, 1024))
 		}
+		o.Status.Duration = &metav1.Duration{Duration: result.Duration.Round(time.Millisecond)}
 		o.Succeeded(vmckptv1.ReasonRestored, message, r.o.Clock.Now())
 		return true
 	})
