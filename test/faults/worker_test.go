@@ -350,7 +350,7 @@ func TestWorkerStopped(t *testing.T) {
 }
 
 // slack is how much later than its bound a hold may end on a machine that has other things to do as well.
-const slack = 250 * time.Millisecond
+const slack = time.Second
 
 // event returns when the next event, which has to be that one, happened, and false where none comes.
 func event(t *testing.T, events *qemu.Subscription, name string) (time.Time, bool) {
