@@ -7,7 +7,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
-	storagev1 "k8s.io/api/storage/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -15,7 +14,6 @@ import (
 	"k8s.io/utils/clock"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
-	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
@@ -28,6 +26,7 @@ import (
 	"github.com/vmckpt/vmckpt/controllers/turn"
 	"github.com/vmckpt/vmckpt/controllers/verdict"
 	"github.com/vmckpt/vmckpt/controllers/vm"
+	"github.com/vmckpt/vmckpt/controllers/wake"
 )
 
 // Reconciler binds checkpoints to nodes.
@@ -48,9 +47,6 @@ const (
 	byNode    = "node"
 )
 
-// anyNode stands in the index for the nodes of a checkpoint that waits for one, whichever it will be.
-const anyNode = "*"
-
 // SetupWithManager adds the reconciler to a manager.
 func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error {
 	for field, keys := range map[string]func(*vmckptv1.VMCheckpoint) []string{
@@ -66,29 +62,19 @@ func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error
 	ofName := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
 		return r.waiting(ctx, o.GetNamespace(), byMachine, o.GetName())
 	})
-	return ctrl.NewControllerManagedBy(m).Named("checkpoint").For(&vmckptv1.VMCheckpoint{}).
+	b := ctrl.NewControllerManagedBy(m).Named("checkpoint").For(&vmckptv1.VMCheckpoint{}).
 		Watches(&kubevirtv1.VirtualMachine{}, ofName).
 		Watches(&kubevirtv1.VirtualMachineInstance{}, ofName).
 		Watches(&vmckptv1.VMRestore{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
 			return r.waiting(ctx, o.GetNamespace(), byMachine, o.(*vmckptv1.VMRestore).Spec.Target.Name)
-		})).
-		Watches(&corev1.PersistentVolumeClaim{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
-			return r.waiting(ctx, o.GetNamespace(), byClaim, o.GetName())
-		})).
-		Watches(&corev1.PersistentVolume{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
-			ref := o.(*corev1.PersistentVolume).Spec.ClaimRef
-			if ref == nil {
-				return nil
-			}
-			return r.waiting(ctx, ref.Namespace, byClaim, ref.Name)
-		})).
-		Watches(&storagev1.StorageClass{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, _ client.Object) []reconcile.Request {
-			return r.waiting(ctx, metav1.NamespaceAll, byNode, anyNode)
-		})).
-		Watches(&corev1.Node{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
-			return append(r.waiting(ctx, metav1.NamespaceAll, byNode, o.GetName()), r.waiting(ctx, metav1.NamespaceAll, byNode, anyNode)...)
-		}), builder.WithPredicates(node.Changed())).
-		WithOptions(controller.Options{MaxConcurrentReconciles: 4}).Complete(r)
+		}))
+	ofClaim := func(ctx context.Context, namespace, name string) []reconcile.Request {
+		return r.waiting(ctx, namespace, byClaim, name)
+	}
+	ofNode := func(ctx context.Context, name string) []reconcile.Request {
+		return r.waiting(ctx, metav1.NamespaceAll, byNode, name)
+	}
+	return wake.On(b, ofClaim, ofNode).WithOptions(controller.Options{MaxConcurrentReconciles: 4}).Complete(r)
 }
 
 // unbound indexes the checkpoints that wait to be bound. Nothing wakes the others.
@@ -106,13 +92,13 @@ func nodes(c *vmckptv1.VMCheckpoint) []string {
 	ready := meta.FindStatusCondition(c.Status.Conditions, vmckptv1.ConditionReady)
 	switch {
 	case c.DeletionTimestamp != nil && c.Status.NodeName != "":
-		return []string{c.Status.NodeName, anyNode}
+		return []string{c.Status.NodeName, wake.AnyNode}
 	case c.Done():
 		return nil
 	case c.Status.NodeName != "":
 		return []string{c.Status.NodeName}
 	case ready != nil && (ready.Reason == vmckptv1.ReasonNode || ready.Reason == vmckptv1.ReasonClaim):
-		return []string{anyNode}
+		return []string{wake.AnyNode}
 	}
 	return nil
 }

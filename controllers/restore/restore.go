@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
-	storagev1 "k8s.io/api/storage/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -14,7 +13,6 @@ import (
 	"k8s.io/utils/clock"
 	kubevirtv1 "kubevirt.io/api/core/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
-	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
@@ -27,6 +25,7 @@ import (
 	"github.com/vmckpt/vmckpt/controllers/turn"
 	"github.com/vmckpt/vmckpt/controllers/verdict"
 	"github.com/vmckpt/vmckpt/controllers/vm"
+	"github.com/vmckpt/vmckpt/controllers/wake"
 )
 
 // Reconciler binds restores to nodes.
@@ -44,9 +43,6 @@ const (
 	byClaim      = "claim" // that of the image, once it is known
 	byNode       = "node"
 )
-
-// anyNode stands in the index for the nodes of a restore that waits for one, whichever it will be.
-const anyNode = "*"
 
 // SetupWithManager adds the reconciler to a manager.
 func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error {
@@ -76,27 +72,19 @@ func (r *Reconciler) SetupWithManager(ctx context.Context, m ctrl.Manager) error
 			return r.waiting(ctx, o.GetNamespace(), field, value(o))
 		})
 	}
-	return ctrl.NewControllerManagedBy(m).Named("restore").For(&vmckptv1.VMRestore{}).
+	b := ctrl.NewControllerManagedBy(m).Named("restore").For(&vmckptv1.VMRestore{}).
 		Watches(&kubevirtv1.VirtualMachine{}, waking(byMachine, client.Object.GetName)).
 		Watches(&kubevirtv1.VirtualMachineInstance{}, waking(byMachine, client.Object.GetName)).
 		Watches(&vmckptv1.VMCheckpoint{}, waking(byCheckpoint, client.Object.GetName)).
-		Watches(&vmckptv1.VMRestore{}, waking(byMachine, func(o client.Object) string { return o.(*vmckptv1.VMRestore).Spec.Target.Name })).
-		Watches(&corev1.PersistentVolumeClaim{}, waking(byClaim, client.Object.GetName)).
-		Watches(&corev1.PersistentVolume{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
-			ref := o.(*corev1.PersistentVolume).Spec.ClaimRef
-			if ref == nil {
-				return nil
-			}
-			return r.waiting(ctx, ref.Namespace, byClaim, ref.Name)
-		})).
-		Watches(&storagev1.StorageClass{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, _ client.Object) []reconcile.Request {
-			return r.waiting(ctx, metav1.NamespaceAll, byNode, anyNode)
-		})).
-		Watches(&corev1.Node{}, handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
-			return append(r.waiting(ctx, metav1.NamespaceAll, byNode, o.GetName()), r.waiting(ctx, metav1.NamespaceAll, byNode, anyNode)...)
-		}), builder.WithPredicates(node.Changed())).
-		// One at a time: two restores of a machine that are looked at in the same moment would both find the other unbound.
-		WithOptions(controller.Options{MaxConcurrentReconciles: 1}).Complete(r)
+		Watches(&vmckptv1.VMRestore{}, waking(byMachine, func(o client.Object) string { return o.(*vmckptv1.VMRestore).Spec.Target.Name }))
+	ofClaim := func(ctx context.Context, namespace, name string) []reconcile.Request {
+		return r.waiting(ctx, namespace, byClaim, name)
+	}
+	ofNode := func(ctx context.Context, name string) []reconcile.Request {
+		return r.waiting(ctx, metav1.NamespaceAll, byNode, name)
+	}
+	// One at a time: two restores of a machine that are looked at in the same moment would both find the other unbound.
+	return wake.On(b, ofClaim, ofNode).WithOptions(controller.Options{MaxConcurrentReconciles: 1}).Complete(r)
 }
 
 // unbound indexes the restores that wait to be bound. Nothing wakes the others.
@@ -118,7 +106,7 @@ func nodeOf(o *vmckptv1.VMRestore) string {
 	case o.Status.NodeName != "":
 		return o.Status.NodeName
 	case ready != nil && (ready.Reason == vmckptv1.ReasonNode || ready.Reason == vmckptv1.ReasonClaim):
-		return anyNode
+		return wake.AnyNode
 	}
 	return ""
 }

@@ -125,15 +125,7 @@ func TestImages(t *testing.T) {
 	}
 
 	// One that is damaged is refused, with the place.
-	files, err := filepath.Glob(filepath.Join(volume, "vmckpt/images/taken/*.pages"))
-	if err != nil || len(files) != 1 {
-		t.Fatal(files, err)
-	}
-	f, err := os.OpenFile(files[0], os.O_RDWR, 0)
-	r.must(err)
-	_, err = f.WriteAt([]byte("not what was written"), 5000)
-	r.must(err)
-	f.Close()
+	r.damage(volume, "taken")
 	damaged := r.checkpoint("damaged", nil, func(c *vmckptv1.VMCheckpoint) { c.Spec.Import = &vmckptv1.Import{Image: "taken"} })
 	wait(r, damaged, "an import of what is damaged", done)
 	if got := message(damaged.Status.Conditions); damaged.Ready() || !strings.HasPrefix(got, "Damaged: ") || !strings.Contains(got, ".pages") {

@@ -119,6 +119,20 @@ func (r *rig) claimOf(name, dir string) {
 	r.must(r.Status().Update(r.Context(), pvc))
 }
 
+// damage writes over pages of an image.
+func (r *rig) damage(volume, image string) {
+	r.Helper()
+	files, err := filepath.Glob(filepath.Join(volume, "vmckpt/images", image, "*.pages"))
+	if err != nil || len(files) != 1 {
+		r.Fatal(files, err)
+	}
+	f, err := os.OpenFile(files[0], os.O_RDWR, 0)
+	r.must(err)
+	_, err = f.WriteAt([]byte("not what was written"), 5000)
+	r.must(err)
+	r.must(f.Close())
+}
+
 func (r *rig) must(err error) {
 	r.Helper()
 	if err != nil {

@@ -2,7 +2,6 @@ package agent_test
 
 import (
 	"errors"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -202,15 +201,7 @@ func TestLeftStopped(t *testing.T) {
 	stop()
 
 	// The next attempt is the last: the image is damaged.
-	files, err := filepath.Glob(filepath.Join(volume, "vmckpt/images/first/*.pages"))
-	if err != nil || len(files) != 1 {
-		t.Fatal(files, err)
-	}
-	f, err := os.OpenFile(files[0], os.O_RDWR, 0)
-	r.must(err)
-	_, err = f.WriteAt([]byte("not what was written"), 5000)
-	r.must(err)
-	f.Close()
+	r.damage(volume, "first")
 	r.agent(node, nil)
 	wait(r, back, "the end", (*vmckptv1.VMRestore).Done)
 	if got := message(back.Status.Conditions); back.Ready() || !stopped(back) || !strings.HasPrefix(got, "Damaged: ") || !strings.Contains(got, "unpause it") {

@@ -12,22 +12,8 @@ import (
 // Nobody sees what is written there meanwhile, and after, it shows as written until a harvest takes it. So what was lent is dirty at the
 // next instant, too, whole.
 
-// Written returns the pages that show as written now, of the blocks that are tracked. It changes nothing.
-func (s *Session) Written(ctx context.Context) (Sets, error) {
-	all := NewSets(s.blocks)
-	for _, source := range s.sources {
-		pages, ok := source.(*PageTables)
-		if !ok {
-			continue
-		}
-		found, err := pages.look(ctx)
-		if err != nil {
-			return nil, err
-		}
-		all.Union(found.Written)
-	}
-	return all, nil
-}
+// Look returns what an instant now would find in the page tables, of the blocks that are tracked. It changes nothing.
+func (s *Session) Look(ctx context.Context) (*Standing, error) { return s.pages.look(ctx) }
 
 // Lend takes pages out of tracking, those of blocks that are tracked. The record has to be invalid. After an error, too, [Session.TakeBack] has
 // to be called.

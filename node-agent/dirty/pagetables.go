@@ -153,7 +153,8 @@ func (t *PageTables) look(ctx context.Context) (*Standing, error) {
 		if err != nil {
 			return nil, t.untracked("look for written pages of", b, err)
 		}
-		// Whatever is populated there may have been written since it was lent. A guard's protection shows as tracking's does.
+		// Whatever is populated there may have been written since it was lent. A guard's protection shows as tracking's does, as long as there is
+		// the guard: who relies on it asks once more.
 		args = pagetable.ScanArgs{ReturnMask: written | populated}
 		lent := cut(spansOf(b, t.lent[i]), lookSpanBytes, lookSpanBytes)
 		err = t.scan(ctx, lent, args, func(r pagetable.Region) error {

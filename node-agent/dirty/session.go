@@ -64,6 +64,7 @@ type Session struct {
 	pagemap  *pagetable.Pagemap
 	uffd     *pagetable.Userfaultfd
 	memory   []*evict.Memory
+	pages    *PageTables
 	lent     Sets // to a guard
 	wanted   []qemu.GuestRange
 	logBound time.Duration
@@ -321,10 +322,10 @@ func (s *Session) track(ctx context.Context) error {
 	s.record.Tracked = names // on the disk with the next write, which comes before the record can be valid for them
 	pid := s.process.PID
 	s.lent = NewSets(s.blocks)
-	pages := &PageTables{blocks: s.blocks, tracked: tracked, lent: s.lent, pagemap: s.pagemap, uffd: s.uffd,
+	s.pages = &PageTables{blocks: s.blocks, tracked: tracked, lent: s.lent, pagemap: s.pagemap, uffd: s.uffd,
 		maps: func(within []pagetable.Range) ([]pagetable.Mapping, error) { return pagetable.MapsWithin(pid, within) }}
 	hash := &ContentHash{blocks: s.blocks, covered: covered, pagemap: s.pagemap}
-	s.Union = NewUnion(s.blocks, s.pending, s.Invalidate, s.withWitness(ctx, pages, hash)...)
+	s.Union = NewUnion(s.blocks, s.pending, s.Invalidate, s.withWitness(ctx, s.pages, hash)...)
 	s.level, s.nested = s.unknown == nil, s.record.Nested
 	return s.Union.Arm(ctx)
 }

@@ -91,7 +91,7 @@ func (m *memory) guard(bound time.Duration) *Guard {
 	if _, err := uffd.API(pagetable.FeaturesGuard); err != nil {
 		m.t.Fatal(err)
 	}
-	g, err := CopyOnWrite{PID: os.Getpid(), Userfaultfd: uffd.File, Areas: []Area{{m.all(), pageset.PageBytes}}, WriteBound: bound}.Start(m.t.Context())
+	g, err := CopyOnWrite{PID: os.Getpid(), Userfaultfd: uffd.File, Areas: []Range{m.all()}, WriteBound: bound}.Start(m.t.Context())
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -142,12 +142,12 @@ func (m *memory) protected() *pageset.Set {
 	}
 	defer pagemap.Close()
 	set := pageset.New(pages)
-	args := pagetable.ScanArgs{
-		Start: m.all().Start, End: m.all().End,
-		CategoryInverted: pagetable.CategoryWritten, CategoryMask: pagetable.CategoryWritten | pagetable.CategoryPresent, ReturnMask: pagetable.CategoryWritten,
-	}
-	if err := pagemap.Scan(args, func(r pagetable.Region) error {
-		set.Add(pageset.Run{First: (r.Start - m.start) / pageset.PageBytes, Count: (r.End - r.Start) / pageset.PageBytes})
+	if err := pagemap.Entries(m.all().Start, m.all().End, func(at uint64, entries []pagetable.Entry) error {
+		for i, e := range entries {
+			if e.WriteProtected() && e.Present() {
+				set.Add(pageset.Run{First: (at-m.start)/pageset.PageBytes + uint64(i), Count: 1})
+			}
+		}
 		return nil
 	}); err != nil {
 		m.t.Fatal(err)
@@ -353,7 +353,7 @@ func TestOwned(t *testing.T) {
 	if _, err := uffd.API(pagetable.FeaturesGuard); err != nil {
 		t.Fatal(err)
 	}
-	_, err := CopyOnWrite{PID: os.Getpid(), Userfaultfd: uffd.File, Areas: []Area{{m.all(), pageset.PageBytes}}}.Start(ctx)
+	_, err := CopyOnWrite{PID: os.Getpid(), Userfaultfd: uffd.File, Areas: []Range{m.all()}}.Start(ctx)
 	if !errors.Is(err, ErrDropped) || !errors.Is(err, unix.EBUSY) {
 		t.Errorf("guard memory that another userfaultfd has: error %v, want EBUSY", err)
 	}

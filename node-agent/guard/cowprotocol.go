@@ -16,11 +16,12 @@ type order byte
 
 const (
 	// From the worker to the keeper; it answers all but orderTaken with answerDone, in order.
-	orderProtect order = 'p' // protect the ranges
-	orderInstant order = 'i' // from now on a page is copied before it is let go; no ranges
-	orderTaken   order = 't' // the ranges are copied: let them go
-	orderFlush   order = 'f' // pages that are let go are in the ring when this is answered; no ranges
-	orderEnd     order = 'e' // let everything go, and end; no ranges
+	orderRegister order = 'r' // register the ranges; the first order, and once
+	orderProtect  order = 'p' // protect the ranges
+	orderInstant  order = 'i' // from now on a page is copied before it is let go; no ranges
+	orderTaken    order = 't' // the ranges are copied: let them go
+	orderFlush    order = 'f' // pages that are let go are in the ring when this is answered; no ranges
+	orderEnd      order = 'e' // let everything go, and end; no ranges
 
 	// From the keeper to the worker.
 	answerDone    order = 'd' // number: faults that were answered so far
@@ -35,16 +36,14 @@ const (
 	dropError                       // a system call failed: the errno is in the bits from 8 on
 )
 
-// rangesAtOnce is how many ranges one packet holds.
-const rangesAtOnce = 1024
+// rangesAtOnce is how many ranges one packet holds: all the areas of a guard, for one.
+const rangesAtOnce = MaxAreas
 
 // Range is a range of addresses in the guarded process, [Start, End), page aligned.
 type Range struct{ Start, End uint64 }
 
 // Bytes is the length of the range.
 func (r Range) Bytes() uint64 { return r.End - r.Start }
-
-func (r Range) String() string { return fmt.Sprintf("[%#x,%#x)", r.Start, r.End) }
 
 const orderBytes = 1 + rangesAtOnce*int(unsafe.Sizeof(Range{}))
 

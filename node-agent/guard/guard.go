@@ -20,18 +20,12 @@ func EndBound(bytes uint64) time.Duration {
 	return 5*time.Second + time.Duration(bytes>>30)*500*time.Millisecond
 }
 
-// maxAreas is how many areas one guard has at the most: each splits the mapping that it lies in, and a process has a limited number of those.
-const maxAreas = 1024
+// MaxAreas is how many areas one guard has at the most: each may split one mapping into three, and a process has a limited number of those.
+const MaxAreas = 1024
 
 // ErrDropped says that a guard was given up before all of its pages were copied. The guest goes on; what was copied since the instant counts
 // for nothing.
 var ErrDropped = errors.New("the guard was given up")
-
-// Area is guarded memory of a process: whole pages of PageBytes, those that the memory is made of.
-type Area struct {
-	Range
-	PageBytes uint64
-}
 
 // CopyOnWrite says what a [Guard] guards.
 type CopyOnWrite struct {
@@ -41,8 +35,9 @@ type CopyOnWrite struct {
 	// guard ends with it. The guard takes it over and closes it in this process.
 	Userfaultfd *os.File
 
-	// Areas are registered with no other userfaultfd.
-	Areas []Area
+	// Areas are memory of the process that is made of pages of pageset.PageBytes, transparent huge pages among them, and registered with no
+	// other userfaultfd.
+	Areas []Range
 
 	// WriteBound is how long a write of the guest's may wait; zero means [DefaultWriteBound]. When it passes, the guard is given up.
 	WriteBound time.Duration
@@ -75,8 +70,8 @@ func (o CopyOnWrite) Start(ctx context.Context) (_ *Guard, err error) {
 	if o.WriteBound == 0 {
 		o.WriteBound = DefaultWriteBound
 	}
-	if len(o.Areas) == 0 || len(o.Areas) > maxAreas {
-		return nil, fmt.Errorf("guard %d areas: want 1 to %d", len(o.Areas), maxAreas)
+	if len(o.Areas) == 0 || len(o.Areas) > MaxAreas {
+		return nil, fmt.Errorf("guard %d areas: want 1 to %d", len(o.Areas), MaxAreas)
 	}
 	ringFD, err := unix.MemfdCreate("vmckpt-guard", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -127,12 +122,10 @@ func (o CopyOnWrite) Start(ctx context.Context) (_ *Guard, err error) {
 			g.Close()
 		}
 	}()
-	var numbers []uint64
 	for _, a := range o.Areas {
 		g.bytes += a.Bytes()
-		numbers = append(numbers, a.Start, a.End, a.PageBytes)
 	}
-	if err := sendOrder(g.control, orderProtect, numbers...); err != nil {
+	if _, err := sendRanges(g.control, orderRegister, o.Areas); err != nil {
 		return nil, fmt.Errorf("arm the guard: %w", err)
 	}
 	late := fmt.Errorf("%w: its keeper was not ready in %v", ErrDropped, armBound)

@@ -47,7 +47,6 @@ const (
 // area is memory that is registered.
 type area struct {
 	Range
-	pageBytes uint64
 
 	// released are the pages that may have been written since the instant: they were copied and let go. A fault in one is an old one, of a
 	// second thread for example, and its page must not be copied again.
@@ -161,18 +160,17 @@ func newKeeper(value string) (*keeper, error) {
 	return k, nil
 }
 
-// register registers what the worker's first packet names: the start, end and page size of each area.
+// register registers the areas that the worker's first packet names.
 func (k *keeper) register() error {
-	buf := make([]byte, 64+24*maxAreas)
-	o, numbers, err := receiveOrder(keeperControlFD, buf, nil)
+	o, numbers, err := receiveOrder(keeperControlFD, make([]byte, orderBytes), nil)
 	if err != nil {
 		return err
 	}
-	if o != orderProtect || len(numbers)%3 != 0 {
-		return fmt.Errorf("the worker began with %q and %d numbers", rune(o), len(numbers))
+	if o != orderRegister {
+		return fmt.Errorf("the worker began with %q", rune(o))
 	}
-	for a := range slices.Chunk(numbers, 3) {
-		k.areas = append(k.areas, area{Range{a[0], a[1]}, a[2], pageset.New((a[1] - a[0]) / a[2])})
+	for a := range slices.Chunk(numbers, 2) {
+		k.areas = append(k.areas, area{Range{a[0], a[1]}, pageset.New((a[1] - a[0]) / pageset.PageBytes)})
 	}
 	slices.SortFunc(k.areas, func(a, b area) int { return cmp.Compare(a.Start, b.Start) })
 	for _, a := range k.areas {
@@ -256,8 +254,7 @@ func (k *keeper) markReleased(numbers []uint64) {
 				break
 			}
 			end := min(r[1], a.End)
-			first := (at - a.Start) / a.pageBytes
-			a.released.Add(pageset.Run{First: first, Count: (end-a.Start+a.pageBytes-1)/a.pageBytes - first})
+			a.released.Add(pageset.Run{First: (at - a.Start) / pageset.PageBytes, Count: (end - at) / pageset.PageBytes})
 			at = end
 		}
 	}
@@ -321,17 +318,14 @@ func (k *keeper) answer(address uint64) error {
 	if a == nil {
 		return fmt.Errorf("a fault at %#x, which is not guarded: %w", address, unix.EFAULT)
 	}
-	page := (address - a.Start) / a.pageBytes
-	start := a.Start + page*a.pageBytes
+	page := (address - a.Start) / pageset.PageBytes
 	if k.copying && !a.released.Has(page) {
-		for at := start; at < start+a.pageBytes; at += pageset.PageBytes {
-			if err := k.copy(at); err != nil {
-				return err
-			}
+		if err := k.copy(address); err != nil {
+			return err
 		}
 		a.released.Add(pageset.Run{First: page, Count: 1})
 	}
-	return k.uffd.WriteProtect(start, a.pageBytes, false)
+	return k.uffd.WriteProtect(address, pageset.PageBytes, false)
 }
 
 // copy puts a page into the ring. Where there is no room it waits, as the guest's write does.
@@ -370,7 +364,7 @@ func (k *keeper) end() error {
 			return err
 		}
 		for at := a.Start; at < a.End; at += unregisterBytes {
-			if err := k.uffd.Unregister(at, min(max(unregisterBytes, a.pageBytes), a.End-at)); err != nil {
+			if err := k.uffd.Unregister(at, min(unregisterBytes, a.End-at)); err != nil {
 				return err
 			}
 			if err := k.serve(); err != nil {

@@ -70,8 +70,8 @@ func (p *Pagemap) Entries(start, end uint64, visit func(at uint64, entries []Ent
 	if start%pageBytes != 0 || end%pageBytes != 0 || end < start {
 		return fmt.Errorf("read page tables of process %d: [%#x,%#x) is not a range of whole pages", p.pid, start, end)
 	}
-	entries := make([]Entry, entriesAtOnce)
-	raw := unsafe.Slice((*byte)(unsafe.Pointer(&entries[0])), entriesAtOnce*entryBytes)
+	entries := make([]Entry, min(entriesAtOnce, (end-start)/pageBytes))
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(entries))), len(entries)*entryBytes)
 	for at := start; at < end; {
 		n := min(entriesAtOnce, (end-at)/pageBytes)
 		got, err := p.file.ReadAt(raw[:n*entryBytes], int64(at/pageBytes*entryBytes))

@@ -3,7 +3,6 @@ package faults
 import (
 	"fmt"
 	"os"
-	"strings"
 	"testing"
 	"time"
 
@@ -12,21 +11,6 @@ import (
 	"github.com/vmckpt/vmckpt/node-agent/capture"
 	"github.com/vmckpt/vmckpt/test/truth"
 )
-
-// keeper is the process that keeps a guard for a capture of this process.
-func keeper() (int, error) {
-	pids, err := children(os.Getpid())
-	if err != nil {
-		return 0, err
-	}
-	for _, child := range pids {
-		env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", child))
-		if err == nil && strings.Contains(string(env), "VMCKPT_GUARD_PID_AND_BOUND_NANOSECONDS=") {
-			return child, nil
-		}
-	}
-	return 0, fmt.Errorf("none of the children %v keeps a guard", pids)
-}
 
 // TestKeeper kills and stops the keeper of a guard at each step at which there is one. The attempt is lost where the guard was still needed,
 // the guest goes on at once or within the bound, and the next attempt holds.
@@ -51,7 +35,7 @@ func TestKeeper(t *testing.T) {
 						if at != step || struck {
 							return
 						}
-						pid, err := keeper()
+						pid, err := keeper(os.Getpid())
 						if err != nil {
 							if step != capture.StepArmed && step != capture.StepSent { // those of the barrier come before there is one
 								missed, struck = err, true

@@ -42,18 +42,24 @@ func children(pid int) ([]int, error) {
 }
 
 // holder finds the process that holds the leash, a child of pid.
-func holder(pid int) (int, error) {
+func holder(pid int) (int, error) { return helper(pid, "vmckpt-leash") }
+
+// keeper finds the process that keeps a guard, a child of pid.
+func keeper(pid int) (int, error) { return helper(pid, "vmckpt-guard") }
+
+// helper finds the child of pid whose whole command line is name.
+func helper(pid int, name string) (int, error) {
 	pids, err := children(pid)
 	if err != nil {
 		return 0, err
 	}
 	for _, child := range pids {
-		env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", child))
-		if err == nil && strings.Contains(string(env), "VMCKPT_LEASH_HOLD_AT_BYTES=") {
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", child))
+		if err == nil && string(line) == name+"\x00" {
 			return child, nil
 		}
 	}
-	return 0, fmt.Errorf("none of the children %v of process %d holds a leash", pids, pid)
+	return 0, fmt.Errorf("none of the children %v of process %d is %s", pids, pid, name)
 }
 
 // state is the letter that the kernel has for what a process does (proc(5), stat): 'T' is stopped, 'Z' has ended; 0 where there is none.
